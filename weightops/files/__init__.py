@@ -1,0 +1,1 @@
+"""Bytes on disk or network: the only floor that touches them."""

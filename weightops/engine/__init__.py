@@ -1,0 +1,1 @@
+"""Threads, memory, devices: runs any Plan and knows no verb."""

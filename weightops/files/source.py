@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import threading
@@ -9,8 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 from weightops.errors import FormatError, TruncatedError, UsageError
-
-Writable = memoryview
 
 
 class ByteSource(Protocol):
@@ -49,6 +48,10 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 
+# Non-blocking: should a named pipe take the file's place between the question and the opening, nothing waits.
+_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+_FALLBACK_NBYTES = 16 * 2**20
+
 
 class LocalFile:
     """A regular file, read by position and never mapped: a file that shrinks under a mapping kills the process."""
@@ -56,25 +59,29 @@ class LocalFile:
     def __init__(self, path: str | Path, label: str | None = None) -> None:
         self.path = Path(path)
         self.label = label if label is not None else str(path)
+        self._fd = -1
         try:
-            # Asked before opening: opening a named pipe would wait for a writer for ever.
-            found = os.stat(self.path)
+            # Asked before opening, which may already set a device going; then again of what was opened.
+            self._expect_file(self.path.stat())
+            self._fd = os.open(self.path, _FLAGS)
+            self._opened = os.fstat(self._fd)
+            self._expect_file(self._opened)
+        except UsageError:
+            self.close()
+            raise
         except FileNotFoundError:
             if self.path.is_symlink():
                 raise UsageError(self.label, "a link that leads nowhere, expected a file") from None
             raise UsageError(self.label, "no such file") from None
         except (OSError, ValueError) as e:
             raise UsageError(self.label, f"cannot be opened: {_reason(e)}") from None
+        self.size = self._opened.st_size
+        self._lock = threading.Lock()
+
+    def _expect_file(self, found: os.stat_result) -> None:
         for is_kind, name in _KINDS:
             if is_kind(found.st_mode):
                 raise UsageError(self.label, f"{name}, expected a file")
-        try:
-            self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
-        except OSError as e:
-            raise UsageError(self.label, f"cannot be opened: {_reason(e)}") from None
-        self._opened = os.fstat(self._fd)
-        self.size = self._opened.st_size
-        self._lock = threading.Lock()
 
     def read_into(self, start: int, out: memoryview) -> None:
         done = 0
@@ -84,12 +91,12 @@ class LocalFile:
             except OSError as e:
                 raise FormatError(self.label, f"cannot be read at byte {start + done:,}: {_reason(e)}") from None
             if got == 0:
-                raise TruncatedError(
-                    self.label,
-                    f"ends at byte {start + done:,}, expected {self.size:,} bytes: it was cut while it was read"
-                    if start + done < self.size
-                    else f"ends at byte {self.size:,}, expected at least {start + len(out):,}",
-                )
+                now = os.fstat(self._fd).st_size
+                if now < self.size:
+                    what = f"ends at byte {now:,}, expected {self.size:,} bytes: it was cut while it was read"
+                else:
+                    what = f"ends at byte {now:,}, expected at least {start + len(out):,}"
+                raise TruncatedError(self.label, what)
             done += got
 
     def _read_some(self, start: int, out: memoryview) -> int:
@@ -98,13 +105,14 @@ class LocalFile:
         # Windows has no positional read: one reader at a time moves the position.
         with self._lock:
             os.lseek(self._fd, start, os.SEEK_SET)
-            data = os.read(self._fd, len(out))
+            data = os.read(self._fd, min(len(out), _FALLBACK_NBYTES))
         out[: len(data)] = data
         return len(data)
 
     def will_need(self, start: int, nbytes: int) -> None:
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, start, nbytes, os.POSIX_FADV_WILLNEED)
+            with contextlib.suppress(OSError):  # only a hint
+                os.posix_fadvise(self._fd, start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
         now = os.fstat(self._fd)

@@ -33,6 +33,10 @@ class TensorSpec:
         """Bytes of one row; only for dtypes whose rows fill whole bytes."""
         return self.nbytes // self.rows if self.rows else 0
 
+    @property
+    def row_values(self) -> int:
+        return self.values // self.rows if self.rows else 0
+
     def flat(self) -> TensorSpec:
         """The same values as one axis, for work that may be cut between any two values."""
         return TensorSpec(self.dtype, (self.values,))
@@ -82,14 +86,15 @@ class Slot:
     bands: tuple[tuple[int, int], ...] | None = None
 
     def pieces(self, start: int, stop: int) -> list[Piece]:
-        """Where rows `start` to `stop` of the slot lie in the stored tensor, in order."""
-        row = self.spec.row_nbytes
+        """Where bytes `start` to `stop` of the slot lie in the stored tensor, in order."""
         if self.bands is None:
-            return [Piece(start * row, (stop - start) * row)]
+            return [Piece(start, stop - start)]
+        row = self.spec.row_nbytes
         found, position = [], 0
         for first, last in self.bands:
-            low, high = max(start, position), min(stop, position + last - first)
+            height = (last - first) * row
+            low, high = max(start, position), min(stop, position + height)
             if low < high:
-                found.append(Piece((first + low - position) * row, (high - low) * row))
-            position += last - first
+                found.append(Piece(first * row + low - position, high - low))
+            position += height
         return found

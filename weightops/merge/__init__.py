@@ -1,0 +1,1 @@
+"""The arithmetic of models: tensors in, tensors out. Knows no files, no names, no devices."""

@@ -1,0 +1,1 @@
+"""What things are called: pure strings and shapes."""

@@ -1,0 +1,1 @@
+"""One function per merge method; the folder is the registry."""

@@ -1,0 +1,354 @@
+"""Run a Plan: read, compute, write, overlapped, in bounded memory.
+
+Each worker takes a chunk through its whole life: read, compute, write. Reads and writes release the
+interpreter's lock, so while one worker waits for a disk another computes; and the bytes are still in the cache
+of the core that read them when they are written, which measured faster than handing them from a reader
+thread to a compute thread to a writer thread. One feeder (whoever holds its lock) hands chunks out in plan order.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from weightops.engine.budget import Budget, Cancelled
+from weightops.engine.chunks import CHUNK_MIN, SHARE, Chunk, check_memory, cut
+from weightops.engine.finite import first_nonfinite
+from weightops.errors import ValueRefused, quote
+from weightops.files.writer import SafetensorsWriter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from weightops.engine.tensors import Lane
+    from weightops.plan import Input, Plan
+
+LOOK_AHEAD = 16  # chunks whose bytes the operating system is asked to fetch before they are read
+
+Progress = Callable[[int, int], None]
+
+
+def ignore(done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run did: bytes, seconds, chunks, the hash of what was read of each source, a scan's values by task."""
+
+    seconds: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    chunks: int = 0
+    peak_in_flight: int = 0
+    hashes: list[str] = field(default_factory=list)
+    values: dict[int, list[Any]] = field(default_factory=dict)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run(
+    plan: Plan,
+    output: Path | None,
+    *,
+    memory: int,
+    device: str = "cpu",
+    threads: int | None = None,
+    force: bool = False,
+    on_progress: Progress = ignore,
+) -> Outcome:
+    """Carry out `plan`; with outputs, `output` appears whole or not at all.
+
+    memory: bytes in flight. device: auto, cpu, cuda, cuda:N. threads: blocks computed at once on the CPU
+    (None: the usable cores). on_progress(done, total) is called from this thread, in bytes.
+    Raises MemoryRefused, ValueRefused, OutputError, FormatError, TruncatedError.
+    """
+    started = time.perf_counter()
+    check_memory(plan, memory)
+    writer = None
+    if plan.outputs:
+        assert output is not None
+        writer = SafetensorsWriter(
+            output,
+            plan.outputs,
+            plan.finished_metadata([PLACEHOLDER] * len(plan.sources)),
+            force=force,
+            inputs=[f for source in plan.sources for f in source.files],
+        )
+    try:
+        outcome = _Run(plan, writer, memory, device, threads or usable_cores()).go(on_progress)
+        for source in plan.sources:
+            source.check_unchanged()
+        if writer is not None:
+            outcome.bytes_written = writer.commit(plan.finished_metadata(outcome.hashes))
+    finally:
+        if writer is not None:
+            writer.close()
+    outcome.seconds = time.perf_counter() - started
+    return outcome
+
+
+PLACEHOLDER = "xxh3_128:" + "0" * 32
+
+
+class _Run:
+    """The state that the workers of one run share."""
+
+    def __init__(
+        self, plan: Plan, writer: SafetensorsWriter | None, memory: int, device: str, threads: int
+    ) -> None:
+        self.plan = plan
+        self.writer = writer
+        self.device = device
+        self.threads = threads
+        self.budget = Budget(memory)
+        self.keep = max(memory // SHARE, CHUNK_MIN)
+        self.total = sum(i.slot.spec.nbytes for t in plan.tasks for i in t.inputs)
+        self.done = 0
+        self.chunks = 0
+        self.error: BaseException | None = None
+        self.leaves: list[dict[tuple[str, Any, int], bytes]] = [{} for _ in plan.sources]
+        self.values: dict[int, dict[int, Any]] = {}
+        self._feed = threading.Lock()
+        self._chunks = self._looking_ahead(cut(plan, memory))
+        self._state = threading.Condition()
+        self._computing = threading.Semaphore(threads)
+        self._torch_ready = threading.Event()
+
+    # ------------------------------------------------------------------ the caller's thread
+
+    def go(self, on_progress: Progress) -> Outcome:
+        compute = any(task.compute is not None for task in self.plan.tasks)
+        # More workers than computing threads, so that some can wait for the disk (or the device) meanwhile.
+        count = self.threads + 2
+        workers = [threading.Thread(target=self._work, name=f"weightops-{n}", daemon=True) for n in range(count)]
+        if compute:
+            workers.append(threading.Thread(target=self._import_torch, name="weightops-torch", daemon=True))
+        for worker in workers:
+            worker.start()
+        try:
+            shown = -1
+            while any(w.is_alive() for w in workers):
+                with self._state:
+                    self._state.wait(0.05)
+                if self.done != shown:
+                    shown = self.done
+                    on_progress(shown, self.total)
+        except BaseException as e:
+            self._fail(e)
+        for worker in workers:
+            worker.join()
+        if self.error is not None:
+            raise self.error
+        return Outcome(
+            bytes_read=self.done,
+            chunks=self.chunks,
+            peak_in_flight=self.budget.peak,
+            hashes=[_hash_of(leaves) for leaves in self.leaves],
+            values={n: [found[i] for i in sorted(found)] for n, found in self.values.items()},
+        )
+
+    def _fail(self, error: BaseException) -> None:
+        with self._state:
+            if self.error is None:
+                self.error = error
+            self._state.notify_all()
+        self.budget.cancel()
+        self._torch_ready.set()
+
+    def _import_torch(self) -> None:
+        try:
+            from weightops.engine.tensors import resolve_device, set_cpu_threads
+
+            self.device = resolve_device(self.device)
+            set_cpu_threads()
+            self._torch_ready.set()
+        except BaseException as e:
+            self._fail(e)
+
+    # ------------------------------------------------------------------ the workers' threads
+
+    def _looking_ahead(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        ahead: deque[Chunk] = deque()
+        for chunk in chunks:
+            for entry in chunk.task.inputs:
+                self.plan.sources[entry.source].will_need(entry.slot, *_span(chunk, entry))
+            ahead.append(chunk)
+            if len(ahead) > LOOK_AHEAD:
+                yield ahead.popleft()
+        yield from ahead
+
+    def _next(self) -> Chunk | None:
+        with self._feed:
+            chunk = next(self._chunks, None)
+            if chunk is not None:
+                # Taken whole, and in plan order, while the lock is held: a later chunk cannot starve this one.
+                self.budget.take(chunk.cost)
+            return chunk
+
+    def _work(self) -> None:
+        buffers = _Buffers()
+        try:
+            while (chunk := self._next()) is not None:
+                try:
+                    self._chunk(chunk, buffers)
+                finally:
+                    buffers.drop_over(self.keep)
+                    self.budget.give(chunk.cost)
+        except Cancelled:
+            pass
+        except BaseException as e:
+            self._fail(e)
+        finally:
+            buffers.drop_over(-1)
+            with self._state:
+                self._state.notify_all()
+
+    def _chunk(self, chunk: Chunk, buffers: _Buffers) -> None:
+        task = chunk.task
+        if self.budget.cancelled:
+            raise Cancelled
+        compute = task.compute is not None
+        if compute and self._torch_ready.is_set():
+            buffers.attach(self.device)
+        inputs = []
+        nbytes = 0
+        for number, entry in enumerate(task.inputs):
+            start, stop = _span(chunk, entry)
+            buffer = buffers.get(("in", number), stop - start)
+            self.plan.sources[entry.source].read_bytes(entry.slot, start, stop, buffer)
+            inputs.append(buffer)
+            nbytes += stop - start
+        with self._computing:
+            self._hash(chunk, inputs)
+            if compute:
+                self._torch_ready.wait()
+                if self.budget.cancelled:
+                    raise Cancelled
+                lane = buffers.attach(self.device)
+                rows = chunk.stop - chunk.start
+                outputs = [
+                    buffers.get(("out", number), rows * slot.spec.row_nbytes)
+                    for number, slot in enumerate(task.outputs)
+                ]
+                self._collect(chunk, lane.compute(chunk, inputs, outputs))
+            else:
+                outputs = inputs[: len(task.outputs)]
+            if self.plan.refuse_nonfinite:
+                self._check_finite(chunk, inputs, outputs)
+        if self.writer is not None:
+            for slot, buffer in zip(task.outputs, outputs, strict=True):
+                row = slot.spec.row_nbytes if compute else 1
+                self.writer.write_bytes(slot, chunk.start * row, chunk.stop * row, buffer)
+        with self._state:
+            self.done += nbytes
+            self.chunks += 1
+
+    def _collect(self, chunk: Chunk, values: list[Any]) -> None:
+        if any(v is not None for v in values):
+            with self._state:
+                found = self.values.setdefault(chunk.number, {})
+                found.update((block.index, v) for block, v in zip(chunk.blocks(), values, strict=True))
+
+    def _hash(self, chunk: Chunk, inputs: list[memoryview]) -> None:
+        """Hash each block of each input while it is hot in the cache; blocks do not depend on the chunking."""
+        import xxhash
+
+        for entry, buffer in zip(chunk.task.inputs, inputs, strict=True):
+            leaves = self.leaves[entry.source]
+            if entry.shared:
+                if chunk.start == 0:
+                    leaves[entry.slot.key, entry.slot.bands, 0] = xxhash.xxh3_128_digest(buffer)
+                continue
+            row = 1 if chunk.task.compute is None else entry.slot.spec.row_nbytes
+            for block in chunk.blocks():
+                part = buffer[(block.start - chunk.start) * row : (block.stop - chunk.start) * row]
+                leaves[entry.slot.key, entry.slot.bands, block.start * row] = xxhash.xxh3_128_digest(part)
+
+    def _check_finite(self, chunk: Chunk, inputs: list[memoryview], outputs: list[memoryview]) -> None:
+        for slot, buffer in zip(chunk.task.outputs, outputs, strict=True):
+            if first_nonfinite(buffer, slot.spec.dtype) is None:
+                continue
+            for entry, given in zip(chunk.task.inputs, inputs, strict=True):
+                if first_nonfinite(given, entry.slot.spec.dtype) is not None:
+                    raise ValueRefused(
+                        self.plan.sources[entry.source].label,
+                        f"tensor {quote(entry.slot.key)} holds NaN or Inf",
+                        "--allow-nonfinite writes it all the same",
+                    )
+            raise ValueRefused(
+                slot.key if slot.key.isprintable() else quote(slot.key),
+                f"the result is too large for {slot.spec.dtype}, though every input is finite",
+                "--dtype bf16 or --dtype fp32 can hold it" if slot.spec.dtype != "BF16" else "--dtype fp32 may hold it",
+            )
+
+
+def _span(chunk: Chunk, entry: Input) -> tuple[int, int]:
+    """The bytes of the slot that the chunk reads."""
+    if entry.shared:
+        return 0, entry.slot.spec.nbytes
+    row = 1 if chunk.task.compute is None else entry.slot.spec.row_nbytes
+    return chunk.start * row, chunk.stop * row
+
+
+def _hash_of(leaves: dict[tuple[str, Any, int], bytes]) -> str:
+    """One hash of all that was read of a source, in the order of keys and positions.
+
+    XXH3-128 over (key, position, XXH3-128 of the block's bytes); a block's height follows from its tensor's shape.
+    """
+    import xxhash
+
+    total = xxhash.xxh3_128()
+    for (key, _, position), digest in sorted(leaves.items(), key=lambda leaf: (leaf[0][0], leaf[0][1] or (), leaf[0][2])):
+        total.update(f"{key}\0{position}\0".encode())
+        total.update(digest)
+    return "xxh3_128:" + total.hexdigest()
+
+
+class _Buffers:
+    """The page-aligned buffers of one worker, by role, used again for the next chunk."""
+
+    def __init__(self) -> None:
+        self.lane: Lane | None = None
+        self._held: dict[tuple[str, int], memoryview] = {}
+
+    def attach(self, device: str) -> Lane:
+        """This worker's lane; made when torch is there, which can be after the first buffers were filled."""
+        if self.lane is None:
+            from weightops.engine.tensors import make_lane
+
+            self.lane = make_lane(device)
+            for buffer in self._held.values():
+                self.lane.pin(buffer)
+        return self.lane
+
+    def get(self, role: tuple[str, int], nbytes: int) -> memoryview:
+        held = self._held.get(role)
+        if held is None or len(held) < nbytes:
+            self._drop(role)
+            size = max(-(-nbytes // mmap.PAGESIZE), 1) * mmap.PAGESIZE
+            held = self._held[role] = memoryview(mmap.mmap(-1, size))
+            if self.lane is not None:
+                self.lane.pin(held)
+        return held[:nbytes]
+
+    def _drop(self, role: tuple[str, int]) -> None:
+        held = self._held.pop(role, None)
+        if held is not None and self.lane is not None:
+            self.lane.unpin(held)
+
+    def drop_over(self, nbytes: int) -> None:
+        """Let go of buffers of more than `nbytes`, so that what is held stays within what was counted."""
+        for role in [r for r, held in self._held.items() if len(held) > nbytes]:
+            self._drop(role)

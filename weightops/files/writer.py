@@ -1,0 +1,319 @@
+"""SafetensorsWriter: header first, bytes in any order from any thread, visible only when whole.
+
+On Linux the file has no name until it is whole (O_TMPFILE), so that even `kill -9` leaves nothing behind.
+Where that is not to be had, a hidden, locked file stands beside the target, and a later run clears it away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightops.errors import OutputError
+from weightops.files.header import encode_header, layout
+from weightops.files.source import ByteSource, LocalFile
+
+if TYPE_CHECKING:
+    from weightops.files.tensor import Slot, TensorSpec
+
+_SUFFIX = ".weightops-part"
+_FLUSH_EVERY = 256 << 20
+
+
+class SafetensorsWriter:
+    """A safetensors file in the making at `path`.
+
+    specs: the tensors, by name; metadata: text to text. `inputs` are the files being read, which are never
+    written: with `force` an input's name may be replaced, in one step, once everything is written.
+    Raises OutputError, before any work, for what can be known before: an existing file, no room, no permission.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        specs: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str],
+        *,
+        force: bool = False,
+        inputs: Sequence[ByteSource] = (),
+    ) -> None:
+        self.path = Path(path)
+        self.label = str(path)
+        self.force = force
+        self._specs = dict(specs)
+        self._offsets = layout(specs)
+        self._header = encode_header(specs, metadata)
+        self.size = len(self._header) + sum(spec.nbytes for spec in specs.values())
+        self._check_target(inputs)
+        self._fd, self._named = self._create()
+        self._written = 0
+        self._flushed = 0
+        self._flushing = threading.Lock()
+        self._lock = threading.Lock()
+        try:
+            self._preallocate()
+            self._write(0, memoryview(self._header))
+        except BaseException:
+            self.close()
+            raise
+
+    # ------------------------------------------------------------------ before the work
+
+    def _check_target(self, inputs: Sequence[ByteSource]) -> None:
+        folder = self.path.parent
+        if not folder.is_dir():
+            raise OutputError(self.label, f"the folder {str(folder)!r} does not exist", "make it first")
+        if self.path.is_dir():
+            raise OutputError(self.label, "is a folder, expected the name of a file")
+        if not os.access(folder, os.W_OK):
+            raise OutputError(self.label, f"no permission to write into {str(folder)!r}")
+        if os.path.lexists(self.path) and not self.force:
+            with contextlib.suppress(OSError):
+                found = self.path.stat()
+                if any(isinstance(f, LocalFile) and f.same_file(found) for f in inputs):
+                    raise OutputError(
+                        self.label,
+                        "is also an input, and an input is never written",
+                        "choose another name, or replace it with --force once the result is whole",
+                    )
+            raise OutputError(self.label, "exists", "choose another name, or replace it with --force")
+        free = shutil.disk_usage(folder).free
+        if free < self.size:
+            raise self._no_room(free)
+
+    def _no_room(self, free: int | None = None) -> OutputError:
+        left = "" if free is None else f", but {free:,} are free"
+        return OutputError(
+            self.label, f"no room: the file takes {self.size:,} bytes{left}", "free some space, or write elsewhere"
+        )
+
+    def _create(self) -> tuple[int, Path | None]:
+        """A file descriptor to write to, and its name if it has one already."""
+        self._clear_leftovers()
+        flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        unnamed = getattr(os, "O_TMPFILE", None)
+        if unnamed is not None and Path("/proc/self/fd").is_dir():
+            with contextlib.suppress(OSError):
+                return os.open(self.path.parent, flags | unnamed, 0o666), None
+        name = self._part_name()
+        try:
+            fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        except OSError as e:
+            raise OutputError(self.label, f"cannot be written: {e.strerror}") from None
+        _try_lock(fd)
+        return fd, name
+
+    def _part_name(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}{_SUFFIX}")
+
+    def _clear_leftovers(self) -> None:
+        """Remove what an earlier run that was killed left beside the target; a run still at work holds its lock."""
+        start = f".{self.path.name}."
+        with contextlib.suppress(OSError), os.scandir(self.path.parent) as entries:
+            stale = [e.path for e in entries if e.name.startswith(start) and e.name.endswith(_SUFFIX)]
+            for path in stale:
+                with contextlib.suppress(OSError):
+                    fd = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+                    unlocked = _try_lock(fd)
+                    if os.name == "nt":
+                        os.close(fd)
+                    if unlocked:
+                        Path(path).unlink()
+                    if os.name != "nt":
+                        os.close(fd)
+
+    def _preallocate(self) -> None:
+        """Claim all the room now, so that a full disk shows before the work and not after an hour of it."""
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._fd, 0, self.size)
+            else:
+                os.ftruncate(self._fd, self.size)
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise self._no_room() from None
+            os.ftruncate(self._fd, self.size)  # some network file systems cannot preallocate
+
+    # ------------------------------------------------------------------ the work, from any thread
+
+    def write_bytes(self, slot: Slot, start: int, stop: int, data: memoryview) -> None:
+        """Bytes `start` to `stop` of `slot`, which are all of `data`."""
+        base = len(self._header) + self._offsets[slot.key][0]
+        done = 0
+        for piece in slot.pieces(start, stop):
+            self._write(base + piece.offset, data[done : done + piece.nbytes])
+            done += piece.nbytes
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        try:
+            done = 0
+            while done < len(data):
+                done += self._write_some(offset + done, data[done:])
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise self._no_room() from None
+            raise OutputError(self.label, f"cannot be written at byte {offset:,}: {e.strerror}") from None
+        self._flush_some(len(data))
+
+    def _write_some(self, offset: int, data: memoryview) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self._fd, data, offset)
+        with self._lock:
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            return os.write(self._fd, data)
+
+    def _flush_some(self, nbytes: int) -> None:
+        """Send what was written to the disk while the rest is computed, rather than all of it at the end."""
+        self._written += nbytes
+        if self._written - self._flushed < _FLUSH_EVERY or not self._flushing.acquire(blocking=False):
+            return
+        self._flushed = self._written
+        threading.Thread(target=self._flush, name="weightops-flush", daemon=True).start()
+
+    def _flush(self) -> None:
+        try:
+            # A failure is not lost: the kernel reports it again to the fsync before the commit.
+            with contextlib.suppress(OSError):
+                _sync_data(self._fd)
+        finally:
+            self._flushing.release()
+
+    # ------------------------------------------------------------------ after the work
+
+    def commit(self, metadata: Mapping[str, str]) -> int:
+        """Write the final header, let the file appear under its name, and return its size in bytes.
+
+        Raises OutputError. The header with this metadata must be as long as the first one.
+        """
+        header = encode_header(self._specs, metadata)
+        if len(header) != len(self._header):
+            raise ValueError(f"the final header takes {len(header)} bytes, but {len(self._header)} were set aside")
+        self._write(0, memoryview(header))
+        with self._flushing:
+            try:
+                os.fsync(self._fd)
+            except OSError as e:
+                raise OutputError(self.label, f"cannot be written to the disk: {e.strerror}") from None
+        with uninterrupted():
+            try:
+                self._publish()
+            except FileExistsError:
+                raise OutputError(
+                    self.label, "appeared while this run was at work, and was left as it is", "use --force to replace it"
+                ) from None
+            except OSError as e:
+                raise OutputError(self.label, f"cannot be put in place: {e.strerror}") from None
+            _sync_folder(self.path.parent)
+        return self.size
+
+    def _publish(self) -> None:
+        if self._named is None:
+            source = f"/proc/self/fd/{self._fd}"
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                if not self.force:
+                    os.link(source, self.path.name, dst_dir_fd=folder, follow_symlinks=True)
+                    return
+                named = self._part_name()
+                _try_lock(self._fd)
+                os.link(source, named.name, dst_dir_fd=folder, follow_symlinks=True)
+                self._named = named
+            finally:
+                os.close(folder)
+        if os.name == "nt":
+            self._close_fd()  # Windows renames no open file
+        if self.force:
+            os.replace(self._named, self.path)  # noqa: PTH105 - atomic, and says so
+        else:
+            _rename_to_new(self._named, self.path)
+        self._named = None
+
+    def close(self) -> None:
+        """Let go; whatever was not committed is gone."""
+        with self._flushing:
+            self._close_fd()
+        if self._named is not None:
+            with contextlib.suppress(OSError):
+                self._named.unlink()
+            self._named = None
+
+    def _close_fd(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _rename_to_new(source: Path, target: Path) -> None:
+    """Rename, but never onto something that exists."""
+    try:
+        os.link(source, target)  # noqa: PTH200
+    except FileExistsError:
+        raise
+    except (OSError, AttributeError, NotImplementedError):
+        # A file system without hard links, or Windows, whose rename refuses an existing target by itself.
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, "exists", str(target)) from None
+        os.rename(source, target)  # noqa: PTH104
+    else:
+        source.unlink()
+
+
+def _try_lock(fd: int) -> bool:
+    """Lock the open file for this process, if nobody else holds it. Windows keeps open files from being removed."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _sync_data(fd: int) -> None:
+    (getattr(os, "fdatasync", None) or os.fsync)(fd)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return
+    with contextlib.suppress(OSError):  # the file is in place; some file systems cannot sync a folder
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Keep Ctrl-C and SIGTERM from the block, so that nothing is left half renamed.
+
+    They are dropped, not put off: the output is in place by then, and a run that succeeded says so. Python runs its handlers in the main thread only, so anywhere else there is nothing to put off.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept: dict[int, Any] = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not None:
+            kept[number] = signal.signal(number, _drop)
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _drop(_number: int, _frame: object) -> None:
+    pass

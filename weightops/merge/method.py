@@ -1,0 +1,126 @@
+"""MergeMethod: a function on tensors, whose signature and docstring are its whole declaration.
+
+Positional parameters are models; keyword-only parameters are settings: a name, a type, a default. The type
+`Weights` is one number per model. From these follow the options, the help, and the contract tests.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weightops.errors import UsageError, quote
+from weightops.plan import Grain
+from weightops.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Weights = Sequence[float]
+
+METHODS: Registry[MergeMethod] = Registry("merge method", "weightops.merge.methods")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A setting of a method: `kind` is float, int, bool or Weights; `default` is None where one must be given."""
+
+    name: str
+    kind: str
+    default: Any
+
+
+@dataclass(frozen=True, slots=True)
+class MergeMethod:
+    """`function(*models, **parameters) -> Tensor`, all models in float32 or better, in one shape.
+
+    models: names of the models it takes, "*models" for any number; needs_base: the first of them is the base.
+    shortcut: the same in one operation on the storage dtype that rounds once, where there is one; it fills
+    `out` and returns True, or returns False when it does not apply.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    grain: Grain
+    models: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    summary: str
+    shortcut: Callable[..., bool] | None = None
+
+    @property
+    def needs_base(self) -> bool:
+        return self.models[0] == "base"
+
+    def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All parameters with their values, checked. Raises UsageError for an unknown, missing or senseless one."""
+        known = {p.name: p for p in self.parameters}
+        for name in given:
+            if name not in known:
+                raise UsageError(
+                    "--set", f"{self.name} has no parameter {quote(name)}", f"it has {', '.join(known) or 'none'}"
+                )
+        values: dict[str, Any] = {}
+        for name, parameter in known.items():
+            value = given.get(name, parameter.default)
+            if value is None:
+                raise UsageError("--set", f"{self.name} needs the parameter {name!r}")
+            values[name] = _converted(self.name, parameter, value)
+        return values
+
+    def apply(self, models: Sequence[Tensor], out: Tensor, parameters: Mapping[str, Any]) -> None:
+        """Fill `out`: computed in float32 (float64 where a float32 is read or written), rounded once."""
+        import torch
+
+        if self.shortcut is not None and self.shortcut(models, out, **parameters):
+            return
+        wide = any(t.dtype in (torch.float32, torch.float64) for t in (*models, out))
+        working = torch.float64 if wide else torch.float32
+        out.copy_(self.function(*(m.to(working) for m in models), **parameters))
+
+
+def _converted(method: str, parameter: Parameter, value: Any) -> Any:
+    where = f"{method}, {parameter.name}"
+    try:
+        if parameter.kind == "Weights":
+            numbers = tuple(float(v) for v in (value.split(",") if isinstance(value, str) else value))
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError
+            return numbers
+        if parameter.kind == "bool":
+            if isinstance(value, str):
+                return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value.lower()]
+            return bool(value)
+        number = float(value)
+        if not math.isfinite(number) or (parameter.kind == "int" and number != int(number)):
+            raise ValueError
+        return int(number) if parameter.kind == "int" else number
+    except (ValueError, TypeError, KeyError):
+        words = {"float": "a number", "int": "a whole number", "bool": "true or false", "Weights": "numbers"}
+        raise UsageError(where, f"found {quote(value)}, expected {words[parameter.kind]}") from None
+
+
+def merge_method(
+    grain: Grain, *, shortcut: Callable[..., bool] | None = None
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register the decorated function as a merge method, under its own name."""
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        models: list[str] = []
+        parameters: list[Parameter] = []
+        for p in inspect.signature(function).parameters.values():
+            if p.kind is p.KEYWORD_ONLY:
+                default = None if p.default is p.empty else p.default
+                parameters.append(Parameter(p.name, str(p.annotation), default))
+            else:
+                models.append(f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name)
+        summary = inspect.cleandoc(function.__doc__ or "").split("\n\n")[0]
+        name = function.__name__
+        METHODS.register(
+            name, MergeMethod(name, function, grain, tuple(models), tuple(parameters), summary, shortcut)
+        )
+        return function
+
+    return register

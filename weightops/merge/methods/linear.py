@@ -1,0 +1,51 @@
+"""Weighted sums of models and of their differences from a base."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightops.merge.method import Weights, merge_method
+from weightops.plan import Grain
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+def _lerp(models: Sequence[Tensor], out: Tensor, *, weights: Weights) -> bool:
+    """Two half-precision models whose weights sum to one: torch's lerp on half types works in float32 inside."""
+    import torch
+
+    if len(models) != 2 or abs(sum(weights) - 1.0) > 1e-12:
+        return False
+    if any(t.dtype not in (torch.float16, torch.bfloat16) or t.dtype != out.dtype for t in models):
+        return False
+    torch.lerp(models[0], models[1], weights[1], out=out)
+    return True
+
+
+@merge_method(Grain.ROWS, shortcut=_lerp)
+def weighted_sum(*models: Tensor, weights: Weights) -> Tensor:
+    """Σ wᵢ·modelᵢ: models blended by weight; for two and --alpha, (1−α)·A + α·B.
+
+    Source: Wortsman et al. 2022, arXiv:2203.05482 (model soups). The weights are used as they are given;
+    it is the command that normalises them.
+    """
+    total = models[0] * weights[0]
+    for model, weight in zip(models[1:], weights[1:], strict=True):
+        total.add_(model, alpha=weight)
+    return total
+
+
+@merge_method(Grain.ROWS)
+def add_difference(base: Tensor, /, *models: Tensor, weights: Weights) -> Tensor:
+    """base + Σ wᵢ·(modelᵢ − base): what each model learned from the base, added up; with --alpha, A + α·(B − C).
+
+    Source: Ilharco et al. 2023, arXiv:2212.04089 (task arithmetic). sd-mecha and supermerger write it as
+    a + α(b − c), which are the weights 1 and α. Weights of differences are not normalised.
+    """
+    total = base.clone()
+    for model, weight in zip(models, weights, strict=True):
+        total.add_(model - base, alpha=weight)
+    return total

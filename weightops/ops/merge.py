@@ -1,0 +1,537 @@
+"""merge: two or more models into one. Plans from headers alone; the arithmetic is a merge method's."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightops import __version__
+from weightops.engine.chunks import DEFAULT_MEMORY
+from weightops.engine.run import Progress, ignore, run
+from weightops.errors import MismatchError, UsageError, listing, quote
+from weightops.files.checkpoint import Checkpoint, open_checkpoint
+from weightops.files.dtypes import ARITHMETIC, DTYPE_WORDS, DTYPES
+from weightops.files.tensor import Slot, TensorSpec
+from weightops.merge.method import METHODS, MergeMethod
+from weightops.naming.identify import (
+    MARKER_METADATA,
+    MARKERS,
+    architecture_of,
+    body_of,
+    components_of,
+    only,
+)
+from weightops.ops.report import Account, Report, Unused, input_entries, peak_memory_bytes
+from weightops.ops.verify import verify
+from weightops.plan import Block, Compute, Grain, Input, Plan, Task
+
+if TYPE_CHECKING:
+    import os
+
+    from torch import Tensor
+
+DROPPABLE = ("ema", "optimizer", "schedule", "vae", "text_encoder", "safety_checker")
+
+# Metadata that speaks of the exact bytes of the file it came from; in any other file it would be a lie.
+STALE_METADATA = frozenset({"modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "weightops"})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the user asked of a merge, checked; see `merge` for the meaning of each."""
+
+    method: MergeMethod
+    parameters: Mapping[str, Any]
+    weights: tuple[float, ...] | None
+    vae: str = "1"
+    text_encoder: str = "merge"
+    dtype: str = "keep"
+    drop: tuple[str, ...] = ()
+    on_mismatch: str = "error"
+    strict: bool = False
+    allow_nonfinite: bool = False
+
+
+@dataclass(slots=True)
+class Planned:
+    """A plan, and what is to be said about it."""
+
+    plan: Plan
+    account: Account
+    summary: str
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def merge(
+    *models: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    alpha: float | None = None,
+    weights: Sequence[float] | None = None,
+    normalize: bool = True,
+    base: str | os.PathLike[str] | None = None,
+    method: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    vae: str = "1",
+    text_encoder: str = "merge",
+    dtype: str = "keep",
+    drop: Sequence[str] = (),
+    on_mismatch: str = "error",
+    strict: bool = False,
+    allow_nonfinite: bool = False,
+    memory: int = DEFAULT_MEMORY,
+    threads: int | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    dry_run: bool = False,
+    check: bool = False,
+    on_progress: Progress = ignore,
+) -> Report:
+    """Merge two or more models into the file `output` (None: a name built from theirs, in the current folder).
+
+    alpha: for two models, (1−α)·A + α·B; with `base` C, A + α·(B − C). weights: one per model, normalised to
+    a sum of one unless `normalize` is False; with `base`, base + Σ wᵢ·(modelᵢ − base), as they are given.
+    vae: the number of the model whose VAE is kept, "merge", or a file. text_encoder: a number, or "merge".
+    dtype: keep (the first model's, tensor by tensor), fp32, fp16, bf16, fp8_e4m3, fp8_e5m2. drop: components
+    to leave out. on_mismatch: "error" or "keep-first" for tensors of different shapes. strict: refuse
+    whatever would be left out or kept unasked. memory: bytes in flight. check: read samples back and compare.
+    Raises WeightopsError, whose kinds are drawn in `weightops.errors`.
+    """
+    settings = _settings(
+        len(models), alpha, weights, normalize, base is not None, method, parameters or {},
+        vae=vae, text_encoder=text_encoder, dtype=dtype, drop=tuple(drop), on_mismatch=on_mismatch,
+        strict=strict, allow_nonfinite=allow_nonfinite,
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        named = [*([base] if base is not None else []), *models]
+        opened = [stack.enter_context(open_checkpoint(m)) for m in named]
+        extra = None
+        if vae != "merge" and not vae.isdecimal():
+            extra = stack.enter_context(open_checkpoint(vae))
+        planned = plan_merge(opened, settings, vae_file=extra)
+        target = Path(output) if output is not None else _default_name(opened, settings)
+        if target.suffix.lower() != ".safetensors":
+            raise UsageError(str(target), "the output's name must end in .safetensors")
+        report = Report(
+            "merge", input_entries(planned.plan.sources, [None] * len(planned.plan.sources)), str(target),
+            planned.account, planned.summary, planned.groups, planned.warnings, dry_run=dry_run,
+        )  # fmt: skip
+        if dry_run:
+            from weightops.engine.chunks import check_memory
+
+            check_memory(planned.plan, memory)
+            report.bytes_written = sum(spec.nbytes for spec in planned.plan.outputs.values())
+            return report
+        outcome = run(
+            planned.plan, target, memory=memory, device=device, threads=threads, force=force, on_progress=on_progress
+        )
+        if check:
+            report.verified = verify(planned.plan, target, label=str(target))
+    report.inputs = input_entries(planned.plan.sources, outcome.hashes)
+    report.bytes_read, report.bytes_written = outcome.bytes_read, outcome.bytes_written
+    report.seconds, report.peak_memory_bytes = outcome.seconds, peak_memory_bytes()
+    return report
+
+
+# ------------------------------------------------------------------------------------------------ what was asked
+
+
+def _settings(
+    count: int,
+    alpha: float | None,
+    weights: Sequence[float] | None,
+    normalize: bool,
+    has_base: bool,
+    method: str | None,
+    parameters: Mapping[str, Any],
+    **rest: Any,
+) -> Settings:
+    if count + has_base < 2:
+        raise UsageError("merge", f"found {count} model, expected two or more")
+    chosen = METHODS.get(method or ("add_difference" if has_base else "weighted_sum"))
+    if chosen.needs_base != has_base:
+        need = "needs a base" if chosen.needs_base else "takes no base"
+        raise UsageError("--base", f"{chosen.name} {need}", "--list-methods shows what each method takes")
+    values = dict(parameters)
+    if any(p.kind == "Weights" for p in chosen.parameters):
+        values["weights"] = _weights(count, alpha, weights, normalize and not has_base, has_base)
+    elif alpha is not None or weights is not None:
+        if weights is not None or all(p.name != "alpha" for p in chosen.parameters):
+            raise UsageError("--weights", f"{chosen.name} takes no weights", "--list-methods shows what it takes")
+        values["alpha"] = alpha
+    unknown = [d for d in rest["drop"] if d not in DROPPABLE]
+    if unknown:
+        raise UsageError("--drop", f"unknown component {quote(unknown[0])}", f"known are {', '.join(DROPPABLE)}")
+    if rest["dtype"] != "keep" and rest["dtype"] not in DTYPE_WORDS:
+        raise UsageError("--dtype", f"unknown dtype {quote(rest['dtype'])}", f"known: keep, {', '.join(DTYPE_WORDS)}")
+    if rest["on_mismatch"] not in ("error", "keep-first"):
+        raise UsageError("--on-mismatch", f"found {quote(rest['on_mismatch'])}, expected error or keep-first")
+    checked = chosen.check(values)
+    for option in ("vae", "text_encoder"):
+        value = rest[option]
+        if value.isdecimal() and not 1 <= int(value) <= count:
+            raise UsageError(f"--{option.replace('_', '-')}", f"there is no model {value}, expected 1 to {count}")
+        if option == "text_encoder" and value != "merge" and not value.isdecimal():
+            raise UsageError("--text-encoder", f"found {quote(value)}, expected the number of a model, or merge")
+    return Settings(chosen, checked, checked.get("weights"), **rest)
+
+
+def _weights(
+    count: int, alpha: float | None, weights: Sequence[float] | None, normalize: bool, has_base: bool
+) -> tuple[float, ...]:
+    if alpha is not None and weights is not None:
+        raise UsageError("--alpha", "given together with --weights, expected one of the two")
+    if weights is not None:
+        if len(weights) != count:
+            raise UsageError("--weights", f"found {len(weights)} weights for {count} models, expected one for each")
+        if not all(map(math.isfinite, weights)):
+            raise UsageError("--weights", "found a weight that is not a finite number")
+        if not normalize:
+            return tuple(weights)
+        total = math.fsum(weights)
+        if total == 0:
+            raise UsageError("--weights", "the weights sum to 0 and cannot be normalised", "add --no-normalize")
+        return tuple(w / total for w in weights)
+    if alpha is None:
+        return (1.0,) * count if has_base else (1.0 / count,) * count
+    if not math.isfinite(alpha):
+        raise UsageError("--alpha", f"found {alpha}, expected a finite number")
+    if has_base:
+        if count > 2:
+            raise UsageError("--alpha", f"says nothing for {count} models and a base", "give --weights, one per model")
+        return (1.0, alpha) if count == 2 else (alpha,)
+    if count != 2:
+        raise UsageError("--alpha", f"is for two models, found {count}", "give --weights, one per model")
+    return (1.0 - alpha, alpha)
+
+
+def _default_name(opened: Sequence[Checkpoint], settings: Settings) -> Path:
+    stems = [Path(c.name).stem[:60] for c in opened]
+    last = f"-{settings.weights[-1]:g}" if settings.weights and len(stems) == 2 else ""
+    return Path("+".join(stems)[:200] + f"{last}.safetensors")
+
+
+def in_words(settings: Settings, opened: Sequence[Checkpoint]) -> str:
+    """The formula with the files' own names: people read alpha both ways."""
+    names = [Path(c.name).stem for c in opened]
+    if settings.weights is None:
+        return f"{settings.method.name}({', '.join(names)})"
+    if settings.method.name == "add_difference":
+        base, others = names[0], names[1:]
+        return base + "".join(
+            f" {'+' if w >= 0 else '−'} {abs(w):.6g} × ({n} − {base})"
+            for n, w in zip(others, settings.weights, strict=True)
+        )
+    terms = [
+        f"{'' if i == 0 and w >= 0 else '+ ' if w >= 0 else '− '}{abs(w):.6g} × {n}"
+        for i, (n, w) in enumerate(zip(names, settings.weights, strict=True))
+    ]
+    return " ".join(terms)
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+
+def plan_merge(opened: Sequence[Checkpoint], settings: Settings, *, vae_file: Checkpoint | None = None) -> Planned:
+    """The plan of a merge of `opened` (the base first, where the method needs one), from headers alone."""
+    return _Planner(opened, settings, vae_file).plan()
+
+
+class _Planner:
+    """The state of planning one merge: what becomes of each key of each model."""
+
+    def __init__(self, opened: Sequence[Checkpoint], settings: Settings, vae_file: Checkpoint | None) -> None:
+        self.opened = list(opened)
+        self.settings = settings
+        self.vae_file = vae_file
+        self.models = self.opened[1:] if settings.method.needs_base else self.opened
+        self.first = self.models[0]
+        self.components = [components_of(c.tensors) for c in self.opened]
+        self.first_components = self.components[self.opened.index(self.first)]
+        self.account = Account()
+        self.warnings: list[str] = []
+        self.outputs: dict[str, TensorSpec] = {}
+        self.copies: list[Task] = []
+        self.merges: list[Task] = []
+        self.counts: dict[str, dict[str, int]] = {}
+        self.compute = _compute(settings)
+        # A file that is only a VAE, or only a text encoder, is simply merged.
+        alone = len(set(self.first_components.values())) == 1
+        self.chosen = {} if alone else {"vae": settings.vae}
+        if settings.text_encoder != "merge":
+            self.chosen["text_encoder"] = settings.text_encoder
+
+    def plan(self) -> Planned:
+        self._check_architectures()
+        self._check_markers()
+        replaced = self._vae_from_file() if self.vae_file is not None else {}
+        for key in sorted(self.first.tensors, key=lambda k: self.first.tensors[k][1:3]):
+            self._place(key, replaced)
+        self._account_for_the_others()
+        if not self.account.used and not self.account.copied:
+            raise MismatchError(
+                self.models[-1].label,
+                f"has no tensor name in common with {self.first.label}: nothing to merge",
+                "these seem to be different architectures, or different spellings of one",
+            )
+        self._warn()
+        if self.settings.strict:
+            self.account.refuse_surprises("--strict")
+        sources = (*self.opened, *([self.vae_file] if self.vae_file is not None else []))
+        plan = Plan(
+            sources=sources,
+            outputs=self.outputs,
+            tasks=(*self.copies, *self.merges),  # copies first: they need no torch, which is imported meanwhile
+            metadata=self._metadata(),
+            recipe=self._recipe(),
+            refuse_nonfinite=not self.settings.allow_nonfinite,
+        )
+        groups = [{"component": name, **count} for name, count in self.counts.items()]
+        return Planned(plan, self.account, in_words(self.settings, self.opened), groups, self.warnings)
+
+    # -------------------------------------------------------------- one key
+
+    def _place(self, key: str, replaced: Mapping[str, str]) -> None:
+        """Decide what becomes of a key of the first model."""
+        component = self.first_components[key]
+        count = self.counts.setdefault(component, {"tensors": 0, "merged": 0, "copied": 0, "dropped": 0})
+        count["tensors"] += 1
+        family = "text_encoder" if component.startswith("text_encoder") else component
+        if family in self.settings.drop:
+            count["dropped"] += 1
+            self.account.unused.append(Unused(key, self.first.label, f"--drop {family}", asked=True))
+            return
+        spec = self.first.tensors[key].spec
+        chosen = self.chosen.get(family)
+        if key in replaced and self.vae_file is not None:
+            self._copy(key, self.vae_file, replaced[key], count)
+            self.account.unused.append(Unused(key, self.first.label, "the VAE is taken from --vae", asked=True))
+        elif chosen is not None and chosen.isdecimal():
+            self._copy_chosen(key, int(chosen) - 1, family, count)
+        elif DTYPES[spec.dtype].kind != "float" or spec.dtype not in ARITHMETIC or component == "marker":
+            self._keep_unmergeable(key, spec, count)
+        else:
+            self._merge(key, spec, count)
+
+    def _copy(self, key: str, source: Checkpoint, source_key: str, count: dict[str, int]) -> None:
+        self._add(key, [(source, source_key)], None)
+        self.account.copied.append(key)
+        count["copied"] += 1
+
+    def _copy_chosen(self, key: str, number: int, family: str, count: dict[str, int]) -> None:
+        source = self.models[number]
+        if key not in source.tensors:
+            raise MismatchError(
+                source.label,
+                f"has no tensor {quote(key)}, so its {family.replace('_', ' ')} cannot take the place of the first's",
+                f"--{family.replace('_', '-')} 1 keeps the first model's",
+            )
+        self._copy(key, source, key, count)
+
+    def _keep_unmergeable(self, key: str, spec: TensorSpec, count: dict[str, int]) -> None:
+        """Integers, booleans and quantised codes are copied from the first model."""
+        self._add(key, [(self.first, key)], None)
+        self.account.copied.append(key)
+        count["copied"] += 1
+
+    def _merge(self, key: str, spec: TensorSpec, count: dict[str, int]) -> None:
+        lacking = [c.label for c in self.opened if key not in c.tensors]
+        if lacking:
+            self._keep(key, f"not in {', '.join(lacking)}", count)
+            return
+        for other in self.opened:
+            found = other.tensors[key].spec
+            if found.shape == spec.shape and found.dtype in ARITHMETIC:
+                continue
+            if self.settings.on_mismatch == "keep-first":
+                self._keep(key, f"{found} in {other.label}, {spec} in {self.first.label}", count)
+                return
+            raise MismatchError(
+                other.label,
+                f"tensor {quote(key)} is {found}, but {spec} in {self.first.label}",
+                "--on-mismatch keep-first takes such tensors from the first model",
+            )
+        self._add(key, [(c, key) for c in self.opened], self.compute)
+        self.account.used.append(key)
+        count["merged"] += 1
+
+    def _keep(self, key: str, reason: str, count: dict[str, int]) -> None:
+        self._add(key, [(self.first, key)], None)
+        self.account.kept.append((key, reason))
+        count["copied"] += 1
+
+    def _add(self, key: str, parts: list[tuple[Checkpoint, str]], compute: Compute | None) -> None:
+        """A task that fills the output tensor `key` from these tensors."""
+        specs = [source.tensors[source_key].spec for source, source_key in parts]
+        dtype = specs[0].dtype if compute is None else self.first.tensors[key].spec.dtype
+        if self.settings.dtype != "keep" and dtype in ARITHMETIC:
+            dtype = DTYPE_WORDS[self.settings.dtype]
+        if compute is None and dtype != specs[0].dtype:
+            compute = _cast
+        self.outputs[key] = spec = TensorSpec(dtype, specs[0].shape)
+        sources = [*self.opened, *([self.vae_file] if self.vae_file is not None else [])]
+        elementwise = compute is not None and self.settings.method.grain is Grain.ROWS
+        inputs = tuple(
+            Input(next(i for i, s in enumerate(sources) if s is source), Slot(k, p.flat() if elementwise else p))
+            for (source, k), p in zip(parts, specs, strict=True)
+        )
+        task = Task(
+            key,
+            inputs,
+            (Slot(key, spec.flat() if elementwise else spec),),
+            compute,
+            Grain.ROWS if compute in (None, _cast) else self.settings.method.grain,
+            # float64 at worst: a working copy of each model, the sum, and one temporary
+            work_nbytes=0 if compute is None else 8 * (len(parts) + 2) * (1 if elementwise else spec.row_values),
+        )
+        (self.copies if compute is None else self.merges).append(task)
+
+    # -------------------------------------------------------------- the models as wholes
+
+    def _check_architectures(self) -> None:
+        known = {c.label: a for c in self.opened if (a := architecture_of(c.tensors)) is not None}
+        if len(set(known.values())) > 1:
+            found = ", ".join(f"{label} is {a}" for label, a in known.items())
+            raise MismatchError(self.models[-1].label, f"different architectures cannot be merged: {found}")
+
+    def _check_markers(self) -> None:
+        """v-prediction and zero-terminal-SNR markers say how a model must be sampled; a mixture of both is neither."""
+        found = []
+        for model in self.models:
+            tensors = {key for key in MARKERS if key in model.tensors}
+            found.append((tensors, {k: model.metadata[k] for k in MARKER_METADATA if k in model.metadata}))
+        for other, marks in zip(self.models[1:], found[1:], strict=True):
+            if marks == found[0]:
+                continue
+            names = sorted(
+                (marks[0] ^ found[0][0]) | {k for k in MARKER_METADATA if marks[1].get(k) != found[0][1].get(k)}
+            )
+            text = (
+                f"{other.label} and {self.first.label} differ in {listing(names)}: one may predict v "
+                "and the other noise, and a mixture samples badly"
+            )
+            if self.settings.strict:
+                raise MismatchError("--strict", text)
+            self.warnings.append(text)
+
+    def _vae_from_file(self) -> dict[str, str]:
+        """The first model's VAE keys -> the keys of the --vae file that take their place."""
+        assert self.vae_file is not None
+        label = self.vae_file.label
+        theirs = components_of(self.vae_file.tensors)
+        bodies = {body_of(key): key for key, component in theirs.items() if component == "vae"}
+        wanted = [key for key, component in self.first_components.items() if component == "vae"]
+        if not wanted:
+            raise MismatchError(self.first.label, "holds no VAE that --vae could replace")
+        if not bodies:
+            raise MismatchError(label, "holds no VAE, expected a VAE or a checkpoint with one")
+        missing = [key for key in wanted if body_of(key) not in bodies]
+        if missing:
+            raise MismatchError(
+                label, f"lacks {len(missing)} of {len(wanted)} VAE tensors: {listing(missing)}",
+                "it may use another spelling of the names, or be of another architecture",
+            )  # fmt: skip
+        replaced = {key: bodies[body_of(key)] for key in wanted}
+        for key, other in replaced.items():
+            mine, its = self.first.tensors[key].spec, self.vae_file.tensors[other].spec
+            if mine.shape != its.shape:
+                raise MismatchError(label, f"tensor {quote(other)} is {its}, but {mine} in {self.first.label}")
+        used = set(replaced.values())
+        self.account.unused.extend(
+            Unused(key, label, "only the VAE is taken from --vae", asked=theirs[key] != "vae")
+            for key in self.vae_file.tensors
+            if key not in used
+        )
+        return replaced
+
+    def _account_for_the_others(self) -> None:
+        """Each key of each other model: merged, or unused and why."""
+        merged = set(self.account.used)
+        read = {(i.source, i.slot.key) for t in (*self.copies, *self.merges) for i in t.inputs}
+        for number, other in enumerate(self.opened):
+            if other is self.first:
+                self.account.unused.extend(
+                    Unused(key, other.label, "taken from another model", asked=True)
+                    for key in other.tensors
+                    if (number, key) not in read and key in self.outputs and self.vae_file is None
+                )
+            else:
+                components = self.components[number]
+                for key in other.tensors:
+                    if (number, key) in read or key in merged:
+                        continue
+                    self.account.unused.append(self._why_unused(key, other, components[key]))
+            for path, reason in other.left_out:
+                self.account.unused.append(Unused(path, other.label, reason, asked=True))
+
+    def _why_unused(self, key: str, other: Checkpoint, component: str) -> Unused:
+        family = "text_encoder" if component.startswith("text_encoder") else component
+        if family in self.settings.drop:
+            return Unused(key, other.label, f"--drop {family}", asked=True)
+        if key not in self.first.tensors:
+            return Unused(key, other.label, f"not in {self.first.label}", asked=False)
+        if family in self.chosen and self.chosen[family] != "merge":
+            kept = self.chosen[family]
+            what = family.replace("_", " ").replace("vae", "VAE")
+            return Unused(
+                key, other.label, f"the {what} is taken from {'model ' if kept.isdecimal() else ''}{kept}", asked=True
+            )
+        spec = self.first.tensors[key].spec
+        if spec.dtype not in ARITHMETIC:
+            return Unused(key, other.label, f"{spec.dtype} is not averaged: copied from {self.first.label}", asked=True)
+        return Unused(key, other.label, f"kept from {self.first.label}", asked=False)
+
+    def _warn(self) -> None:
+        if self.account.kept:
+            keys = [key for key, _ in self.account.kept]
+            self.warnings.append(f"{len(keys):,} tensors kept from {self.first.label} unmerged: {listing(keys)}")
+        left = [u for u in self.account.unused if not u.asked]
+        for label in dict.fromkeys(u.source for u in left):
+            keys = [u.key for u in left if u.source == label]
+            self.warnings.append(f"{len(keys):,} tensors of {label} are left out: {listing(keys)}")
+        ema = [key for key, c in self.first_components.items() if c in ("ema", "optimizer")]
+        for component in ("ema", "optimizer"):
+            keys = [key for key in ema if self.first_components[key] == component and key in self.outputs]
+            if keys:
+                size = sum(self.outputs[key].nbytes for key in keys)
+                self.warnings.append(
+                    f"{len(keys):,} {component} tensors take {size / 1e9:.2f} GB of the output; "
+                    f"--drop {component} leaves them out"
+                )
+
+    def _metadata(self) -> dict[str, str]:
+        """The first model's metadata, less what speaks of its exact bytes."""
+        kept = {k: v for k, v in self.first.metadata.items() if k not in STALE_METADATA}
+        return kept if "format" in kept else {"format": "pt", **kept}
+
+    def _recipe(self) -> dict[str, Any]:
+        s = self.settings
+        recipe: dict[str, Any] = {
+            "command": "merge",
+            "version": __version__,
+            "method": s.method.name,
+            "parameters": dict(s.parameters),
+            "vae": len(self.opened) if self.vae_file is not None else s.vae,
+            "text_encoder": s.text_encoder,
+            "dtype": s.dtype,
+            "drop": list(s.drop),
+            "on_mismatch": s.on_mismatch,
+        }
+        return recipe
+
+
+def _compute(settings: Settings) -> Compute:
+    method, parameters = settings.method, settings.parameters
+
+    def compute(inputs: Sequence[Tensor], outputs: Sequence[Tensor], block: Block) -> None:
+        method.apply(inputs, outputs[0], parameters)
+
+    return compute
+
+
+def _cast(inputs: Sequence[Tensor], outputs: Sequence[Tensor], block: Block) -> None:
+    outputs[0].copy_(inputs[0])

@@ -1,0 +1,97 @@
+"""Read samples of a written file back and compare them with the same work done in float64."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from weightops.engine.chunks import block_rows, task_rows
+from weightops.errors import ValueRefused, quote
+from weightops.files.checkpoint import open_checkpoint
+from weightops.files.dtypes import ARITHMETIC
+from weightops.plan import Block, Grain
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from weightops.files.tensor import Slot
+    from weightops.plan import Plan, Task
+
+SAMPLES = 64
+
+
+def verify(plan: Plan, written: Path, *, label: str) -> dict[str, Any]:
+    """Compare up to 64 blocks of `written`, spread over its tensors, with a float64 reference.
+
+    Returns {"blocks", "values", "largest_ulp"}. Raises ValueRefused when a value is off by more than one unit
+    in the last place, or a copied byte differs.
+    """
+    chosen = random.Random(0).sample(plan.tasks, min(SAMPLES, len(plan.tasks)))
+    values, worst = 0, 0.0
+    with open_checkpoint(written) as result:
+        for task in chosen:
+            rows = task_rows(task)
+            height = min(block_rows(task), rows)
+            if rows == 0 or task.grain is Grain.TENSOR and task.compute is None:
+                continue
+            start = random.Random(task.name).randrange(0, rows, height)
+            block = Block(start // height, start, min(start + height, rows))
+            found = memoryview(bytearray(_nbytes(task.outputs[0], task, block)))
+            _read(result, task.outputs[0], task, block, found)
+            off = _distance(plan, task, block, found)
+            if off > 1.0:
+                raise ValueRefused(
+                    label,
+                    f"tensor {quote(task.name)} differs from the float64 reference by {off:.3g} units in the last place",
+                    "the disk or the memory of this machine may be failing; run again, and report it if it stays",
+                )
+            worst = max(worst, off)
+            values += task.outputs[0].spec.row_values * (block.stop - block.start) if task.compute else len(found)
+    return {"blocks": len(chosen), "values": values, "largest_ulp": round(worst, 4)}
+
+
+def _nbytes(slot: Slot, task: Task, block: Block) -> int:
+    return (block.stop - block.start) * (1 if task.compute is None else slot.spec.row_nbytes)
+
+
+def _read(source: Any, slot: Slot, task: Task, block: Block, out: memoryview) -> None:
+    row = 1 if task.compute is None else slot.spec.row_nbytes
+    source.read_bytes(slot, block.start * row, block.stop * row, out)
+
+
+def _distance(plan: Plan, task: Task, block: Block, found: memoryview) -> float:
+    """The largest difference from the reference, in units in the last place of the output dtype."""
+    given = []
+    for entry in task.inputs:
+        buffer = memoryview(bytearray(_nbytes(entry.slot, task, block)))
+        _read(plan.sources[entry.source], entry.slot, task, block, buffer)
+        given.append(buffer)
+    if task.compute is None:
+        return 0.0 if given[0] == found else float("inf")
+    import torch
+
+    from weightops.engine.tensors import as_tensor
+
+    rows = block.stop - block.start
+    inputs = [as_tensor(b, i.slot.spec, rows).double() for i, b in zip(task.inputs, given, strict=True)]
+    spec = replace(task.outputs[0].spec, dtype="F64").with_rows(rows)
+    exact = torch.empty(spec.shape, dtype=torch.float64)
+    task.compute(inputs, [exact], block)
+    if task.outputs[0].spec.dtype not in ARITHMETIC:
+        return 0.0
+    return ulps(as_tensor(found, task.outputs[0].spec, rows), exact)
+
+
+def ulps(found: Tensor, exact: Tensor) -> float:
+    """The largest |found − exact| in units in the last place of `found`'s dtype, at `exact`'s magnitude."""
+    import torch
+
+    info = torch.finfo(found.dtype)
+    _, exponent = torch.frexp(exact)
+    unit = torch.ldexp(torch.tensor(info.eps, dtype=torch.float64), exponent - 1)
+    smallest = info.smallest_normal * info.eps
+    distance = (found.double() - exact).abs() / unit.clamp_min(smallest)
+    return float(distance.nan_to_num(0.0, posinf=float("inf")).max()) if distance.numel() else 0.0

@@ -1,21 +1,24 @@
 """Every mistake a user can mend; anything else that is raised is our own bug and keeps its traceback.
 
-    WeightopsError              where, what, hint
-    ├── UsageError              wrong use: an option, a name, a number                       exit code 2
-    ├── FormatError             a file is damaged, or is not what its name says              exit code 1
-    │   └── TruncatedError      bytes that should be there are not: cut, or cut while read
-    ├── UnsafeError             a pickle asks for more than rebuilding tensors
-    ├── MismatchError           two inputs do not fit together
-    ├── ValueRefused            NaN, Inf, or a result that the output dtype cannot hold
-    ├── OutputError             the output cannot be written: exists, no room, no permission
-    ├── MemoryRefused           the budget is smaller than the largest indivisible piece of work
-    ├── NetworkError            a hub cannot be reached, or answers with something else
-    └── Interrupted             Ctrl-C, SIGTERM, SIGHUP
+WeightopsError              where, what, hint
+├── UsageError              wrong use: an option, a name, a number                       exit code 2
+├── FormatError             a file is damaged, or is not what its name says              exit code 1
+│   └── TruncatedError      bytes that should be there are not: cut, or cut while read
+├── UnsafeError             a pickle asks for more than rebuilding tensors
+├── MismatchError           two inputs do not fit together
+├── ValueRefused            NaN, Inf, or a result that the output dtype cannot hold
+├── OutputError             the output cannot be written: exists, no room, no permission
+├── MemoryRefused           the budget is smaller than the largest indivisible piece of work
+├── NetworkError            a hub cannot be reached, or answers with something else
+└── Interrupted             Ctrl-C, SIGTERM, SIGHUP
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class WeightopsError(Exception):

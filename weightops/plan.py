@@ -33,7 +33,7 @@ class Block(NamedTuple):
     Blocks follow from the shape alone, never from memory or threads; randomness is drawn per block.
     """
 
-    index: int
+    number: int
     start: int
     stop: int
 

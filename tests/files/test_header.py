@@ -30,6 +30,7 @@ from weightops.files.tensor import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from types import FrameType
 
 LABEL = "bad.safetensors"
 
@@ -61,7 +62,7 @@ def tensor(dtype: str = '"F32"', shape: str = "[2]", offsets: str = "[0,8]") -> 
     return f'{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}}}'
 
 
-def one(dtype: str = '"F32"', shape: str = "[2]", offsets: str = "[0,8]", data: int = 8) -> bytes:
+def one(dtype: str = '"F32"', shape: str = "[2]", offsets: str = "[0,8]", data: int | bytes = 8) -> bytes:
     """A file of one tensor, 'a'."""
     return file(f'{{"a":{tensor(dtype, shape, offsets)}}}', data)
 
@@ -263,3 +264,408 @@ REFUSALS: list[tuple[str, bytes, str, str | None]] = [
     ("hostile markup", meta('{"<script>\\u001b":1}'), "__metadata__ '<script>\\x1b': found '1', expected a text", ODD),
 ]
 # fmt: on
+
+# Files that the library takes and we do not, by their line in the table, and how our message says so.
+STRICTER = {
+    "white space first": r"its header begins with '( |\\t|\\n|\\r)'",  # the format document forbids it
+    "a list for a tensor": r"found '\[', expected an object with dtype",  # a habit of serde, not of the format
+    "an object for a dtype": r"found '{', expected a text \(the dtype",  # the same
+    "an unknown field": r": unknown field ",  # what it means, and so what a copy must keep, cannot be known
+    "a name twice": r"^tensor .* stands twice in the header",  # the document forbids it; the library keeps the last
+    "a name twice, in escapes": r"^tensor .* stands twice in the header",
+    "a metadata key twice": r"^__metadata__ holds .* twice",
+    "a dimension of 2**63": r"^shape of .* expected (a number|one) below 2\*\*63",  # no tensor library can hold it
+    "1,001 dimensions": r"^shape of .* found more than 1,000 numbers",  # our caps
+    "too many tensors": r"^holds more than [0-9,]+ tensors",
+    "too many texts of metadata": r"^__metadata__ holds more than [0-9,]+ texts",
+}
+
+# What a header cannot hold: names, metadata, the message. The cap on a header's bytes is lowered to 1,000.
+UNWRITABLE: list[tuple[str, list[str], dict[str, str], str]] = [
+    ("the reserved name", ["a", "__metadata__"], {}, "a tensor is named '__metadata__', a name that a safetensors file keeps for itself"),
+    ("a surrogate in a name", ["\ud800"], {}, "a name or text holds '\\ud800', which is not Unicode"),
+    ("a surrogate in metadata", ["a"], {"k": "\udfff"}, "a name or text holds '\\udfff', which is not Unicode"),
+    ("too long", ["x" * 1000], {}, "the header takes 1,056 bytes, but safetensors allows 1,000"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def low_caps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header, "MAX_TENSORS", 3)
+    monkeypatch.setattr(header, "MAX_METADATA", 3)
+
+
+def refusal(raw: bytes) -> FormatError:
+    with pytest.raises(FormatError) as caught:
+        read(raw)
+    return caught.value
+
+
+def refusal_to_write(names: list[str], metadata: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> OutputError:
+    with monkeypatch.context() as patch:
+        patch.setattr(header, "MAX_HEADER_BYTES", 1000)
+        with pytest.raises(OutputError) as caught:
+            encode_header({name: TensorSpec("F32", (2,)) for name in names}, metadata)
+    return caught.value
+
+
+@pytest.mark.usefixtures("low_caps")
+@pytest.mark.parametrize(("raw", "message", "hint"), [pytest.param(*case[1:], id=case[0]) for case in REFUSALS])
+def test_a_bad_file_is_refused_with_its_numbers(raw: bytes, message: str, hint: str | None) -> None:
+    error = refusal(raw)
+    assert str(error) == f"{LABEL}: {message}"
+    assert error.hint == hint
+    assert error.exit_code == 1
+    assert isinstance(error, TruncatedError) == (hint == CUT or 0 < len(raw) < 8)
+    assert_fit_to_print(error)
+
+
+@pytest.mark.parametrize(("names", "metadata", "message"), [pytest.param(*c[1:], id=c[0]) for c in UNWRITABLE])
+def test_what_a_header_cannot_hold_is_not_written(
+    names: list[str], metadata: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert str(refusal_to_write(names, metadata, monkeypatch)) == message
+
+
+@pytest.mark.usefixtures("low_caps")
+def test_every_refusal_of_the_module_is_in_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: set[int] = set()
+
+    def trace(frame: FrameType, event: str, arg: object) -> Callable[..., object] | None:
+        if frame.f_code.co_filename != header.__file__:
+            return None
+        raised.add(frame.f_lineno)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for _, raw, _, _ in REFUSALS:
+            if len(raw) < 100_000:
+                refusal(raw)
+        for _, names, metadata, _ in UNWRITABLE:
+            refusal_to_write(names, metadata, monkeypatch)
+    finally:
+        sys.settrace(before)
+    module = ast.parse(Path(header.__file__).read_text(encoding="utf-8"))
+    raises = {node.lineno: ast.unparse(node) for node in ast.walk(module) if isinstance(node, ast.Raise)}
+    assert len(raises) > 30
+    assert [text for line, text in raises.items() if line not in raised] == []
+
+
+@pytest.mark.usefixtures("low_caps")
+def test_the_library_takes_none_of_the_bad_files_but_those_where_we_are_stricter() -> None:
+    taken = {name: message for name, raw, message, _ in REFUSALS if library(raw) is not None}
+    assert taken.keys() == STRICTER.keys()
+    for name, message in taken.items():
+        assert re.search(STRICTER[name], message), name
+
+
+@pytest.mark.parametrize("start", [b"", b"\x3a\0\0\0\0\0\0\0{", b"{\0\0\0\0\0\0\0", b"\x80\x02\0\0\0\0\0\0", b"text"])
+def test_an_impostor_is_named_only_when_it_is_known(start: bytes) -> None:
+    assert (impostor(start) is None) == (start != b"")
+
+
+# ------------------------------------------------------------------------------------------------ odd, but good
+
+Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
+
+
+def library(raw: bytes) -> Tensors | None:
+    """What the library finds in a file; None when it refuses."""
+    try:
+        found = safetensors.deserialize(raw)
+    except safetensors.SafetensorError:
+        return None
+    return {name: (t["dtype"], tuple(t["shape"]), bytes(t["data"])) for name, t in found}
+
+
+def ours(raw: bytes) -> Tensors:
+    """What we find, in the same form; in the order of the bytes."""
+    found = read(raw).tensors
+    return {name: (t.spec.dtype, t.spec.shape, raw[t.start : t.stop]) for name, t in found.items()}
+
+
+BYTES = bytes(range(1, 9))
+A = ("F32", (2,), BYTES)
+E_ACUTE, E_AND_ACUTE = "\u00e9", "e\u0301"
+
+
+def named(name: str) -> bytes:
+    """A file whose only tensor bears this name, as JSON spells it."""
+    return file(f'{{"{name}":{tensor()}}}', BYTES)
+
+
+# What it is, the file, its tensors in the order of their bytes, its metadata.
+# fmt: off
+GOOD_FILES: list[tuple[str, bytes, Tensors, dict[str, str]]] = [
+    ("no tensors", file("{}", 0), {}, {}),
+    ("metadata only", file('{"__metadata__":{"k":"v"}}', 0), {}, {"k": "v"}),
+    ("metadata null", file(f'{{"__metadata__":null,"a":{tensor()}}}', BYTES), {"a": A}, {}),
+    ("metadata empty", file(f'{{"__metadata__":{{}},"a":{tensor()}}}', BYTES), {"a": A}, {}),
+    ("metadata last", file(f'{{"a":{tensor()},"__metadata__":{{"":"<b>\\u001b"}}}}', BYTES), {"a": A}, {"": "<b>\x1b"}),
+    ("metadata under an escaped name", file(f'{{"\\u005f_metadata__":{{"k":"v"}},"a":{tensor()}}}', BYTES), {"a": A}, {"k": "v"}),
+    ("padding", file(GOOD + "  ", BYTES), {"a": A}, {}),
+    ("padding of every kind", file(GOOD + " \t\r\n", BYTES), {"a": A}, {}),
+    ("space everywhere", file(re.sub(r"([][{}:,])", " \\1\t\r\n", GOOD).lstrip(), BYTES), {"a": A}, {}),
+    ("fields in another order", file('{"a":{"data_offsets":[0,8],"shape":[2],"dtype":"F32"}}', BYTES), {"a": A}, {}),
+    ("fields in escapes", file(GOOD.replace("dtype", "d\\u0074ype").replace("F32", "\\u004632"), BYTES), {"a": A}, {}),
+    ("an empty name", named(""), {"": A}, {}),
+    ("a long name", named(LONG), {LONG: A}, {}),
+    ("escapes", named('\\"\\\\\\/\\b\\f\\n\\r\\t\\u00e9'), {'"\\/\b\f\n\r\t\u00e9': A}, {}),
+    ("a pair of surrogates", named("\\ud83d\\ude00"), {"\U0001f600": A}, {}),
+    ("control characters", named("\\u0000\\u001b[31m\x7f\x85"), {"\0\x1b[31m\x7f\x85": A}, {}),
+    ("bidi", named("\u202eabc\u2066"), {"\u202eabc\u2066": A}, {}),
+    ("a path", named("../../etc/passwd"), {"../../etc/passwd": A}, {}),
+    ("almost the reserved name", named("__Metadata__"), {"__Metadata__": A}, {}),
+    ("two forms of one letter", file(f'{{"{E_AND_ACUTE}":{NOTHING},"{E_ACUTE}":{tensor()}}}', BYTES), {E_AND_ACUTE: ("F32", (0,), b""), E_ACUTE: A}, {}),
+    ("not in the order of the bytes", two(tensor(offsets="[8,16]"), tensor(), 0) + BYTES[::-1] + BYTES, {"b": ("F32", (2,), BYTES[::-1]), "a": A}, {}),
+    ("no dimensions", one(shape="[]", offsets="[0,4]", data=BYTES[:4]), {"a": ("F32", (), BYTES[:4])}, {}),
+    ("1,000 dimensions", one(shape="[2" + ",1" * 999 + "]", data=BYTES), {"a": ("F32", (2, *[1] * 999), BYTES)}, {}),
+    ("no values", file(f'{{"a":{NOTHING}}}', 0), {"a": ("F32", (0,), b"")}, {}),
+    ("no values, two of them", file(f'{{"a":{NOTHING},"b":{NOTHING}}}', 0), {"a": ("F32", (0,), b""), "b": ("F32", (0,), b"")}, {}),
+    ("no values, in between and behind", file(f'{{"z":{tensor(shape="[3,0]", offsets="[8,8]")},"a":{tensor()},"y":{NOTHING}}}', BYTES), {"y": ("F32", (0,), b""), "a": A, "z": ("F32", (3, 0), b"")}, {}),
+    ("no values, then huge dimensions", one(shape="[0,9223372036854775807,9223372036854775807]", offsets="[0,0]", data=0), {"a": ("F32", (0, 2**63 - 1, 2**63 - 1), b"")}, {}),
+    ("unaligned", two(tensor('"U8"', "[1]", "[0,1]"), tensor(offsets="[1,9]"), 0) + b"\7" + BYTES, {"a": ("U8", (1,), b"\7"), "b": A}, {}),
+    ("half bytes that fill whole ones", one('"F4"', "[3,2]", "[0,3]", BYTES[:3]), {"a": ("F4", (3, 2), BYTES[:3])}, {}),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("raw", "tensors", "metadata"), [pytest.param(*case[1:], id=case[0]) for case in GOOD_FILES])
+def test_an_odd_file_is_read_as_the_library_reads_it(raw: bytes, tensors: Tensors, metadata: dict[str, str]) -> None:
+    assert list(ours(raw).items()) == list(tensors.items())
+    assert read(raw).metadata == metadata
+    assert library(raw) == tensors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_is_read(dtype: str) -> None:
+    nbytes = DTYPES[dtype].bits
+    data = bytes(range(nbytes))
+    raw = file(f'{{"a":{{"dtype":"{dtype}","shape":[2,4],"data_offsets":[0,{nbytes}]}}}}', data)
+    assert ours(raw) == library(raw) == {"a": (dtype, (2, 4), data)}
+
+
+def test_the_dtypes_stand_in_the_order_of_the_library() -> None:
+    with pytest.raises(safetensors.SafetensorError) as caught:
+        safetensors.deserialize(one(dtype='"F12"'))
+    assert re.findall(r"`(\w+)`", str(caught.value)) == ["F12", *DTYPES]
+
+
+def test_a_header_is_read_from_anywhere_in_a_file() -> None:
+    text = f'{{"a":{tensor()}}}'.encode()
+    found = parse_header(text, data_start=1000, file_size=1008, label=LABEL, shard=7)
+    assert found.tensors["a"] == (TensorSpec("F32", (2,)), 7, 1000, 1008, None)
+    assert found.data_start == 1000
+    with pytest.raises(FormatError, match=f"^{LABEL}: its header begins with '', expected '{{'$"):
+        parse_header(b"", data_start=8, file_size=8, label=LABEL)
+
+
+# ------------------------------------------------------------------------------------------------ bounded cost
+
+
+def test_more_tensors_than_the_cap_are_refused_in_time() -> None:
+    raw = file(",".join(f'"{i}":{NOTHING}' for i in range(header.MAX_TENSORS + 1)).join("{}"), 0)
+    before = time.perf_counter()
+    error = refusal(raw)
+    assert str(error) == f"{LABEL}: holds more than 250,000 tensors, the most that weightops reads"
+    assert time.perf_counter() - before < 10
+
+
+FIVE = 5_000_000
+JUNK = {
+    "lists": b'{"a":' + b"[" * FIVE,
+    "objects": b'{"a":' * (FIVE // 5),
+    "brackets": b"{" * FIVE,
+    "dimensions": b'{"a":{"dtype":"F32","shape":[0' + b",0" * (FIVE // 2) + b'],"data_offsets":[0,0]}}',
+    "offsets": b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0' + b",0" * (FIVE // 2) + b"]}}",
+    "digits": b'{"a":{"dtype":"F32","shape":[' + b"9" * FIVE + b"]}}",
+    "a name": b'{"' + b"\xf3\xa0\x80\x81" * (FIVE // 4) + b'":null}',
+    "a dtype": b'{"a":{"dtype":"' + b"F" * FIVE + b'","shape":[0],"data_offsets":[0,0]}}',
+    "metadata": b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(FIVE // 12)) + b"}}",
+}
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in JUNK.items()])
+def test_junk_costs_no_more_memory_than_a_few_times_its_size(text: bytes) -> None:
+    tracemalloc.start()
+    try:
+        error = refusal(file(text, 0))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 12 * len(text)
+    assert_fit_to_print(error)
+
+
+# ------------------------------------------------------------------------------------------------ properties
+
+
+def specs(most: int = 6, dtypes: Iterable[str] = DTYPES) -> st.SearchStrategy[dict[str, TensorSpec]]:
+    def whole_bytes(dtype: str, shape: list[int]) -> TensorSpec:
+        return TensorSpec(dtype, (*shape, 4) if DTYPES[dtype].bits < 8 else tuple(shape))
+
+    spec = st.builds(whole_bytes, st.sampled_from(sorted(dtypes)), st.lists(st.integers(0, 4), max_size=3))
+    return st.dictionaries(st.text(max_size=8).filter(lambda name: name != "__metadata__"), spec, max_size=most)
+
+
+def texts(most: int) -> st.SearchStrategy[dict[str, str]]:
+    return st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=most)
+
+
+def whole(specs: dict[str, TensorSpec], metadata: dict[str, str], seed: int = 0) -> bytes:
+    """A whole file, as we lay it out, of random bytes."""
+    return encode_header(specs, metadata) + random.Random(seed).randbytes(sum(s.nbytes for s in specs.values()))
+
+
+@settings(deadline=None, max_examples=60)
+@given(specs=specs(), metadata=texts(3))
+def test_what_is_encoded_is_parsed_again(specs: dict[str, TensorSpec], metadata: dict[str, str]) -> None:
+    raw = whole(specs, metadata)
+    found = read(raw)
+    assert {name: info.spec for name, info in found.tensors.items()} == specs
+    assert found.metadata == metadata
+    assert found.data_start % 8 == 0
+    places = {
+        name: (info.start - found.data_start, info.stop - found.data_start) for name, info in found.tensors.items()
+    }
+    assert places == layout(specs)
+    assert library(raw) == ours(raw)
+
+
+# The library's words for the dtypes that its writer knows; F6 it only reads.
+WORDS = {
+    "BOOL": "bool",
+    "F4": "float4_e2m1fn_x2",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+
+
+def rewritten(raw: bytes, metadata: dict[str, str]) -> bytes:
+    """The tensors of a file, written again by the library."""
+    buffers, theirs = [], {}
+    for name, (dtype, shape, data) in ours(raw).items():
+        buffers.append(np.frombuffer(data + b"\0", np.uint8))  # a pointer even to no bytes
+        stored = (*shape[:-1], shape[-1] // 2) if dtype == "F4" else shape
+        theirs[name] = safetensors.TensorSpec(
+            dtype=WORDS[dtype], shape=stored, data_ptr=buffers[-1].ctypes.data, data_len=len(data)
+        )
+    return safetensors.serialize(theirs, metadata or None)
+
+
+@settings(deadline=None, max_examples=60)
+@given(specs=specs(dtypes=WORDS), metadata=texts(1), seed=st.integers(0, 9))
+def test_our_bytes_are_those_of_the_library(specs: dict[str, TensorSpec], metadata: dict[str, str], seed: int) -> None:
+    raw = whole(specs, metadata, seed)
+    assert rewritten(raw, metadata) == raw
+
+
+def test_our_order_of_dtypes_is_that_of_the_library() -> None:
+    raw = whole({f"{dtype} {i}": TensorSpec(dtype, (2, 4)) for i in (2, 1) for dtype in WORDS}, {})
+    assert rewritten(raw, {}) == raw
+    every = layout({dtype: TensorSpec(dtype, (2, 4)) for dtype in DTYPES})
+    assert list(every) == list(DTYPES)[::-1]
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(specs=specs(dtypes=set(WORDS) - {"F4"}), metadata=texts(1), seed=st.integers(0, 9))
+def test_our_bytes_are_those_of_save_file(
+    specs: dict[str, TensorSpec], metadata: dict[str, str], seed: int, tmp_path: Path
+) -> None:
+    raw = whole(specs, metadata, seed)
+    tensors = {}
+    for name, (dtype, shape, data) in ours(raw).items():
+        values = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        tensors[name] = values.view(getattr(torch, WORDS[dtype])).reshape(shape)
+    safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors", metadata or None)
+    assert (tmp_path / "theirs.safetensors").read_bytes() == raw
+
+
+TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|-?[0-9]+|[^"]', re.DOTALL)
+STRAY = [
+    *'{}[]:, \t\n"\\0-\0', "null", "true", "NaN", "1", "2", "8", "-0", "-1", "00", "1.0", "1e0", "4294967296",
+    "9223372036854775807", "9223372036854775808", "18446744073709551615", "18446744073709551616",
+    '""', '"a"', '"\\u0061"', '"\\ud800"', '"__metadata__"', '"dtype"', '"shape"', '"data_offsets"', '"F32"', '"F4"',
+    '"U8"', '"F12"', '"\x1b"', '"a":', '"x":1', '"shape":[0]', '"dtype":"F32"', f'"a":{tensor()}', f'"z":{NOTHING}',
+    '"__metadata__":{"a":"b"}', "{}", "[]", "[0]", "[0,0]",
+]  # fmt: skip
+
+
+def damaged(raw: bytes, pick: Callable[[int], int]) -> bytes:
+    """The file with a few edits of its header, and sometimes of its length word or data; `pick(n)` is below n."""
+    length = int.from_bytes(raw[:8], "little")
+    head, data = raw[8 : 8 + length], raw[8 + length :]
+    for _ in range(1 + pick(3)):
+        if pick(3):
+            tokens = TOKENS.findall(head.decode("utf-8", "ignore"))
+            at, other = pick(len(tokens) + 1), pick(len(tokens) + 1)
+            new = STRAY[pick(len(STRAY))] if pick(4) else "".join(tokens[min(at, other) : max(at, other)])
+            numbers = [i for i, token in enumerate(tokens) if token.isdigit()]
+            if numbers and not pick(3):
+                at = numbers[pick(len(numbers))]
+                new = str(max(0, int(tokens[at]) + pick(5) - 2))
+            tokens[at : at + pick(3)] = [new]
+            head = "".join(tokens).encode()
+        else:
+            at = pick(len(head) + 1)
+            head = head[:at] + bytes([pick(256)] * pick(2)) + head[at + pick(3) :]
+    if not pick(8):
+        data = (data + bytes(8))[: pick(len(data) + 9)]
+    stated = len(head) if pick(8) else max(0, len(head) + pick(5) - 2)
+    return stated.to_bytes(8, "little") + head + data
+
+
+def assert_agreement(raw: bytes) -> bool:
+    """We take what the library takes, and read the same in it; return whether both do."""
+    theirs = library(raw)
+    try:
+        found = ours(raw)
+    except FormatError as e:
+        error = e
+    else:
+        assert found == theirs
+        return True
+    assert_fit_to_print(error)
+    assert theirs is None or any(re.search(reason, error.what) for reason in STRICTER.values()), error
+    return False
+
+
+@settings(deadline=None, max_examples=300)
+@given(specs=specs(3), metadata=texts(2), picks=st.randoms(use_true_random=False))
+def test_we_and_the_library_take_the_same_files(
+    specs: dict[str, TensorSpec], metadata: dict[str, str], picks: random.Random
+) -> None:
+    assert_agreement(damaged(whole(specs, metadata), picks.randrange))
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(specs=specs(2), metadata=texts(3), picks=st.randoms(use_true_random=False))
+def test_an_opened_file_says_the_same(
+    specs: dict[str, TensorSpec], metadata: dict[str, str], picks: random.Random, tmp_path: Path
+) -> None:
+    raw = whole(specs, metadata)
+    if picks.randrange(2):
+        raw = damaged(raw, picks.randrange)
+    if assert_agreement(raw):
+        (tmp_path / "a.safetensors").write_bytes(raw)
+        with safetensors.safe_open(tmp_path / "a.safetensors", "np") as opened:
+            assert (opened.metadata() or {}) == read(raw).metadata
+            assert set(opened.keys()) == set(read(raw).tensors)

@@ -6,12 +6,14 @@ depend on memory; a chunk is what is read and written at one stroke, and its hei
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from weightops.errors import MemoryRefused
 from weightops.files.dtypes import DTYPES
 from weightops.plan import Block, Grain, Plan, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Two inputs and an output of a block in half precision fill 1.5 MiB: they stay in the second-level cache
 # from the read to the write. Chunks of 8 MiB and more measured two to three times slower.

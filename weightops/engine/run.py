@@ -105,9 +105,7 @@ PLACEHOLDER = "xxh3_128:" + "0" * 32
 class _Run:
     """The state that the workers of one run share."""
 
-    def __init__(
-        self, plan: Plan, writer: SafetensorsWriter | None, memory: int, device: str, threads: int
-    ) -> None:
+    def __init__(self, plan: Plan, writer: SafetensorsWriter | None, memory: int, device: str, threads: int) -> None:
         self.plan = plan
         self.writer = writer
         self.device = device
@@ -259,7 +257,7 @@ class _Run:
         if any(v is not None for v in values):
             with self._state:
                 found = self.values.setdefault(chunk.number, {})
-                found.update((block.index, v) for block, v in zip(chunk.blocks(), values, strict=True))
+                found.update((block.number, v) for block, v in zip(chunk.blocks(), values, strict=True))
 
     def _hash(self, chunk: Chunk, inputs: list[memoryview]) -> None:
         """Hash each block of each input while it is hot in the cache; blocks do not depend on the chunking."""
@@ -310,7 +308,9 @@ def _hash_of(leaves: dict[tuple[str, Any, int], bytes]) -> str:
     import xxhash
 
     total = xxhash.xxh3_128()
-    for (key, _, position), digest in sorted(leaves.items(), key=lambda leaf: (leaf[0][0], leaf[0][1] or (), leaf[0][2])):
+    for (key, _, position), digest in sorted(
+        leaves.items(), key=lambda leaf: (leaf[0][0], leaf[0][1] or (), leaf[0][2])
+    ):
         total.update(f"{key}\0{position}\0".encode())
         total.update(digest)
     return "xxh3_128:" + total.hexdigest()

@@ -6,7 +6,6 @@ The only module of the core that imports torch at its top; the engine imports it
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -14,6 +13,8 @@ import torch
 from weightops.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from weightops.engine.chunks import Chunk
@@ -62,7 +63,9 @@ def resolve_device(device: str) -> str:
     if device == "cpu":
         return device
     if not torch.cuda.is_available():
-        raise UsageError("--device", f"{device!r} was asked for, but this torch sees no CUDA device", "use --device cpu")
+        raise UsageError(
+            "--device", f"{device!r} was asked for, but this torch sees no CUDA device", "use --device cpu"
+        )
     if ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count():
         raise UsageError("--device", f"there is no {device!r}: torch sees {torch.cuda.device_count()} CUDA device(s)")
     return device
@@ -99,9 +102,7 @@ def _views(
 ) -> tuple[list[Tensor], list[Tensor]]:
     rows = chunk.stop - chunk.start
     task = chunk.task
-    given = [
-        as_tensor(b, i.slot.spec, None if i.shared else rows) for i, b in zip(task.inputs, inputs, strict=True)
-    ]
+    given = [as_tensor(b, i.slot.spec, None if i.shared else rows) for i, b in zip(task.inputs, inputs, strict=True)]
     return given, [as_tensor(b, s.spec, rows) for s, b in zip(task.outputs, outputs, strict=True)]
 
 
@@ -127,8 +128,9 @@ class CudaLane:
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
-        self.stream = torch.cuda.Stream(self.device)
-        self.runtime: Any = torch.cuda.cudart()
+        cuda: Any = torch.cuda  # its functions carry no types
+        self.stream = cuda.Stream(self.device)
+        self.runtime = cuda.cudart()
 
     def compute(self, chunk: Chunk, inputs: Sequence[memoryview], outputs: Sequence[memoryview]) -> list[Any]:
         host_in, host_out = _views(chunk, inputs, outputs)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightops.errors import FormatError, UsageError, WeightopsError, listing, quote
 from weightops.files.header import impostor, read_header
-from weightops.files.pickled import read_pickled, read_strided
 from weightops.files.source import ByteSource, LocalFile, read
 from weightops.files.tensor import Slot, TensorInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 INDEX_SUFFIX = ".index.json"
@@ -60,6 +61,8 @@ class Checkpoint:
             if info.strides is None:
                 source.read_into(info.start + offset, part)
             else:
+                from weightops.files.pickled import read_strided
+
                 read_strided(source, info, offset, offset + nbytes, part)
             done += nbytes
 
@@ -111,6 +114,8 @@ def _open_file(path: Path, label: str) -> Checkpoint:
             other = impostor(start)
             if other and not other[0].startswith(("a zip archive", "a pickle")):
                 raise FormatError(label, f"{other[0]}, expected a PyTorch file", other[1])
+            from weightops.files.pickled import read_pickled
+
             pickled = read_pickled(source)
             return Checkpoint(label, "pickle", [source], pickled.tensors, pickled.metadata, pickled.left_out)
         header = read_header(source)

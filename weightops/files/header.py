@@ -87,7 +87,7 @@ def impostor(start: bytes) -> tuple[str, str | None] | None:
         return "a GGUF file", "quantised GGUF weights are not plain tensors; use the safetensors release"
     if start.startswith(b"PK\x03\x04"):
         return "a zip archive, as torch.save writes", "name it .ckpt or .pt and it is read as a pickle, safely"
-    if start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04\x95", b"\x80\x05\x95")):
+    if start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04\x95", b"\x80\x05\x95")) and start[2:3] != b"\0":
         return "a pickle", "name it .ckpt or .pt and it is read as a pickle, safely"
     if start.startswith(b"\x89HDF"):
         return "an HDF5 file", "only safetensors and PyTorch files are read"

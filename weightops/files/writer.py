@@ -13,7 +13,6 @@ import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,8 @@ from weightops.files.header import encode_header, layout
 from weightops.files.source import ByteSource, LocalFile
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from weightops.files.tensor import Slot, TensorSpec
 
 _SUFFIX = ".weightops-part"
@@ -207,7 +208,9 @@ class SafetensorsWriter:
                 self._publish()
             except FileExistsError:
                 raise OutputError(
-                    self.label, "appeared while this run was at work, and was left as it is", "use --force to replace it"
+                    self.label,
+                    "appeared while this run was at work, and was left as it is",
+                    "use --force to replace it",
                 ) from None
             except OSError as e:
                 raise OutputError(self.label, f"cannot be put in place: {e.strerror}") from None
@@ -254,7 +257,7 @@ class SafetensorsWriter:
 def _rename_to_new(source: Path, target: Path) -> None:
     """Rename, but never onto something that exists."""
     try:
-        os.link(source, target)  # noqa: PTH200
+        os.link(source, target)
     except FileExistsError:
         raise
     except (OSError, AttributeError, NotImplementedError):

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightops.errors import UsageError, quote
-from weightops.plan import Grain
 from weightops.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from weightops.plan import Grain
 
 Weights = Sequence[float]
 
@@ -118,9 +119,7 @@ def merge_method(
                 models.append(f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name)
         summary = inspect.cleandoc(function.__doc__ or "").split("\n\n")[0]
         name = function.__name__
-        METHODS.register(
-            name, MergeMethod(name, function, grain, tuple(models), tuple(parameters), summary, shortcut)
-        )
+        METHODS.register(name, MergeMethod(name, function, grain, tuple(models), tuple(parameters), summary, shortcut))
         return function
 
     return register

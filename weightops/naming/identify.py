@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from weightops.files.tensor import TensorInfo
 
 # Where the diffusion model itself stands in a single file; its name (unet, transformer) follows from the architecture.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ from weightops.naming.identify import (
     architecture_of,
     body_of,
     components_of,
-    only,
 )
 from weightops.ops.report import Account, Report, Unused, input_entries, peak_memory_bytes
 from weightops.ops.verify import verify
@@ -31,6 +29,7 @@ from weightops.plan import Block, Compute, Grain, Input, Plan, Task
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 

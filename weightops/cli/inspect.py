@@ -1,0 +1,65 @@
+"""The command `inspect`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from weightops.cli import options, render
+from weightops.cli.main import emit_json, print_error
+from weightops.errors import UsageError, WeightopsError
+from weightops.ops.inspect import inspect
+
+
+@click.command("inspect", short_help="What is this file?")
+@click.argument("files", metavar="FILE…", nargs=-1, required=True)
+@click.option(
+    "--tensors", metavar="GLOB", is_flag=False, flag_value="*", help="List the tensors, or those named like GLOB."
+)
+@click.option("--stats", is_flag=True, help="Norms, extremes, NaN and Inf, in one pass over the file.")
+@click.option("--hash", "hashes", is_flag=True, help="SHA-256, AutoV2, and the hash of the tensor data (AutoV3).")
+@options.together(options.memory, options.threads)
+@options.together(options.as_json, options.verbose)
+def command(files: tuple[str, ...], tensors: str | None, as_json: bool, verbose: bool, **rest: Any) -> None:
+    """What is this file? Kind, architecture, components, parameters, dtypes, metadata, from its header alone.
+
+    \b
+    weightops inspect model.safetensors
+    weightops inspect model.safetensors --tensors '*attn2*' --stats
+
+    FILE is a .safetensors file, an index or a folder of shards, a diffusers folder, or a .ckpt/.pt/.pth/.bin,
+    which is read without running anything in it.
+    """
+    if tensors is not None and "*" not in tensors and Path(tensors).exists():
+        raise UsageError(
+            "--tensors", f"took {tensors!r} for its glob", "put --tensors after the files, or write --tensors='*'"
+        )
+    found, documents, code = [], [], 0
+    for file in files:
+        try:
+            one = inspect(file, tensors=tensors, **rest)
+        except WeightopsError as e:
+            if len(files) == 1:
+                raise
+            # With several files one bad one does not hide the others.
+            print_error(str(e), e.hint)
+            documents.append({"path": file, "error": str(e)})
+            code = max(code, e.exit_code)
+            continue
+        found.append(one)
+        documents.append(one.to_dict())
+    if as_json:
+        emit_json(documents[0] if len(files) == 1 else documents)
+    elif len(found) == 1:
+        render.inspection(found[0], verbose=verbose)
+    elif found and (tensors is not None or rest["stats"] or rest["hashes"] or verbose):
+        for one in found:
+            render.inspection(one, verbose=verbose)
+            click.echo()
+    elif found:
+        render.inspections(found)
+    if code:
+        sys.exit(code)

@@ -1,0 +1,135 @@
+"""The command group, and the one place where an error becomes `error: …` and `hint: …`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import click
+
+from weightops import __version__
+from weightops.errors import Interrupted, WeightopsError, printable
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+
+class Entry(NamedTuple):
+    """A command: its module in this folder, which is imported only when the command is used, and its help line."""
+
+    name: str
+    section: str
+    help: str
+
+
+# Most used first. The help lines stand here so that `--help` imports no command.
+ENTRIES: tuple[Entry, ...] = (
+    Entry("inspect", "Look", "What is this file? Kind, architecture, components, dtypes, metadata."),
+    Entry("merge", "Checkpoints", "Two or more models into one, every tensor accounted for."),
+    Entry("demo", "Start here", "A small real merge, made and checked on the spot."),
+)
+
+
+class Commands(click.Group):
+    """Loads a command's module when it is asked for; lists all of them, by section, without loading any."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [entry.name for entry in ENTRIES]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module = importlib.import_module(f"weightops.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for section in dict.fromkeys(entry.section for entry in ENTRIES):
+            with formatter.section(section):
+                formatter.write_dl([(e.name, e.help) for e in ENTRIES if e.section == section])
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, message="weightops %(version)s")
+def main() -> None:
+    """Surgery on diffusion weights: exact, every key accounted for, in one streaming pass.
+
+    \b
+    weightops merge a.safetensors b.safetensors --alpha 0.7
+    weightops inspect anything.safetensors
+    """
+
+
+def run(arguments: list[str] | None = None) -> NoReturn:
+    """The console script: exit code 0 done, 1 refused data or a failed operation, 2 wrong use."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stop)
+    try:
+        code = main.main(arguments, prog_name="weightops", standalone_mode=False)
+        _flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except WeightopsError as e:
+        fail(str(e), e.hint, e.exit_code)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except click.UsageError as e:
+        fail(*_usage(e), 2)
+    except click.ClickException as e:
+        fail(e.format_message(), None, e.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        fail("interrupted: nothing was written, and no input was changed", None, 1)
+    except BrokenPipeError:
+        # Whoever read our output has left; what is still buffered would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except MemoryError as e:
+        fail(f"not enough memory: {e or 'the system refused an allocation'}", "a smaller --memory may do", 1)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    raise Interrupted("", f"stopped by {signal.Signals(number).name}: nothing was written, and no input was changed")
+
+
+def _usage(error: click.UsageError) -> tuple[str, str | None]:
+    text = error.format_message().rstrip(".")
+    hint: str | None = None
+    possible = getattr(error, "possibilities", None)
+    if possible:
+        text = text.split(" (Possible")[0].split(" Did you mean")[0].rstrip(".")
+        hint = f"did you mean {possible[0]}?"
+    elif error.ctx is not None:
+        hint = f"{error.ctx.command_path} --help shows what can be said"
+    return text[:1].lower() + text[1:], hint
+
+
+def fail(text: str, hint: str | None, code: int) -> NoReturn:
+    """Print one error for people, and exit."""
+    print_error(text, hint)
+    sys.exit(code)
+
+
+def print_error(text: str, hint: str | None) -> None:
+    click.echo(f"error: {one_line(text)}", err=True)
+    if hint:
+        click.echo(f"hint: {one_line(hint)}", err=True)
+
+
+def one_line(text: str) -> str:
+    """Whatever a file put into a message, it stays one line that no terminal acts on."""
+    return printable(" ".join(text.splitlines()))
+
+
+def emit_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    import json
+
+    click.echo(json.dumps(document, ensure_ascii=True, indent=2, allow_nan=False))

@@ -1,0 +1,85 @@
+"""The command `merge`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from weightops.cli import options, render
+from weightops.cli.main import emit_json
+from weightops.errors import UsageError
+from weightops.merge.method import METHODS
+from weightops.ops.merge import DROPPABLE, merge
+
+
+def _list_methods(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    drawn = render.table("method", "models", "parameters", "what it does")
+    for name, method in METHODS:
+        parameters = ", ".join(p.name if p.default is None else f"{p.name}={p.default}" for p in method.parameters)
+        drawn.add_row(name, ", ".join(method.models), parameters, " ".join(method.summary.split()))
+    render.console().print(drawn)
+    ctx.exit()
+
+
+def _drop(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in value.split(",") if word.strip())
+
+
+@click.command("merge", short_help="Two or more models into one.")
+@click.argument("models", metavar="MODEL…", nargs=-1, required=True)
+@click.option("--alpha", type=float, help="Two models: (1-X)·A + X·B; with --base C, A + X·(B - C).  [default: 0.5; 1]")
+@click.option("--weights", type=options.Numbers(), help="One weight per model, normalised to a sum of 1.")
+@click.option("--no-normalize", is_flag=True, help="Take --weights as they are.")
+@click.option("--base", metavar="FILE", help="Add differences from this model: base + Σ wᵢ·(modelᵢ - base).")
+@click.option("--method", metavar="NAME", help="Another way to merge; --list-methods shows them.")
+@click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the method.")
+@click.option("--list-methods", is_flag=True, is_eager=True, expose_value=False, callback=_list_methods,
+              help="Show the methods and leave.")  # fmt: skip
+@click.option("--vae", metavar="N|merge|FILE", default="1", show_default=True,
+              help="Whose VAE is kept. A merged VAE spoils colours; a file that is only a VAE is merged.")  # fmt: skip
+@click.option("--text-encoder", metavar="N|merge", default="merge", show_default=True, help="Whose text encoders.")
+@click.option("--drop", metavar="NAME,…", default="", callback=_drop, help=f"Leave out: {', '.join(DROPPABLE)}.")
+@click.option("--on-mismatch", type=click.Choice(["error", "keep-first"]), default="error", show_default=True,
+              help="Tensors of one name and different shapes.")  # fmt: skip
+@click.option("--allow-nonfinite", is_flag=True, help="Write NaN and Inf instead of refusing them.")
+@options.writing
+@options.running
+@options.speaking
+def command(
+    models: tuple[str, ...], settings: tuple[str, ...], no_normalize: bool, verify: bool,
+    as_json: bool, quiet: bool, verbose: bool, **rest: Any,
+) -> None:  # fmt: skip
+    """Two or more models into one, in one streaming pass, every tensor accounted for.
+
+    \b
+    weightops merge a.safetensors b.safetensors --alpha 0.7                0.3·a + 0.7·b
+    weightops merge a.safetensors b.safetensors --base sd15.safetensors    a + (b - sd15)
+
+    The VAE is the first model's, text encoders are merged, and the first model's metadata and dtypes are kept,
+    unless you say otherwise.
+    """
+    with render.progress("merging", quiet=quiet or as_json) as on_progress:
+        report = merge(
+            *models, normalize=not no_normalize, parameters=_parameters(settings), check=verify,
+            on_progress=on_progress, **rest,
+        )  # fmt: skip
+    if as_json:
+        emit_json(report.to_dict())
+    elif not quiet:
+        render.report(report, verbose=verbose)
+    else:
+        for text in report.warnings:
+            render.print_warning(text)
+
+
+def _parameters(settings: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise UsageError("--set", f"found {setting!r}, expected NAME=VALUE")
+        found[name] = value
+    return found

@@ -1,0 +1,273 @@
+"""Draws answers: tables, trees, the progress bar. Imports rich inside its functions only."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from weightops.errors import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from weightops.files.tensor import TensorSpec
+    from weightops.ops.inspect import Inspection, Stats
+    from weightops.ops.report import Report
+
+Progress = Callable[[int, int], None]
+
+
+def console(*, error: bool = False) -> Console:
+    from rich.console import Console
+
+    # Names from files are data: markup, emoji codes and highlighting are off, so that none of it is acted on.
+    found = Console(stderr=error, markup=False, emoji=False, highlight=False, soft_wrap=False)
+    if not found.is_terminal:
+        found.width = max(found.width, 110)
+    return found
+
+
+def table(*columns: str, right: tuple[int, ...] = ()) -> Table:
+    from rich.table import Table
+
+    drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for number, name in enumerate(columns):
+        drawn.add_column(name, justify="right" if number in right else "left", overflow="fold")
+    return drawn
+
+
+def size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
+def number(count: float) -> str:
+    """1,066,235,384 as 1.07 B, the way model sizes are spoken of."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g} {unit}" if count / limit < 999.5 else f"{count / limit:.0f} {unit}"
+    return str(int(count))
+
+
+def dtypes(found: Mapping[str, int]) -> str:
+    return ", ".join(code if len(found) == 1 else f"{code} x{count:,}" for code, count in found.items())
+
+
+@contextlib.contextmanager
+def progress(title: str, *, quiet: bool) -> Iterator[Progress]:
+    """A progress bar on stderr, on a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    bar = Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+        TimeRemainingColumn(), console=console(error=True), transient=True,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# ------------------------------------------------------------------------------------------------ reports
+
+
+def report(found: Report, *, verbose: bool) -> None:
+    out = console()
+    if found.summary:
+        out.print(found.summary, style="bold")
+    if found.groups:
+        out.print()
+        drawn = table("component", "tensors", "merged", "copied", "dropped", right=(1, 2, 3, 4))
+        for group in found.groups:
+            drawn.add_row(
+                group["component"],
+                *(f"{group[k]:,}" if group[k] else "-" for k in ("tensors", "merged", "copied", "dropped")),
+            )
+        out.print(drawn)
+    _unused(out, found, verbose)
+    for text in found.warnings:
+        print_warning(text)
+    out.print()
+    for entry in found.inputs:
+        hashed = f"  {entry['hash']}" if entry["hash"] and verbose else ""
+        out.print(
+            f"{'read' if not found.dry_run else 'reads':<7}{printable(entry['path'])}  {size(entry['bytes'])}{hashed}"
+        )
+    if found.dry_run:
+        out.print(f"would write {printable(found.output or '')}  {size(found.bytes_written)}")
+        return
+    out.print(f"wrote  {printable(found.output or '')}  {size(found.bytes_written)}", style="green")
+    speed = (found.bytes_read + found.bytes_written) / max(found.seconds, 1e-9) / 1e9
+    peak = f", peak memory {found.peak_memory_bytes / 2**20:.0f} MiB" if found.peak_memory_bytes else ""
+    out.print(f"       {found.seconds:.2f} s, {speed:.1f} GB/s{peak}", style="dim")
+    if found.verified is not None:
+        v = found.verified
+        out.print(
+            f"       verified: {v['blocks']} samples, {v['values']:,} values, "
+            f"at most {v['largest_ulp']:.2f} ulp from float64"
+        )
+
+
+def _unused(out: Console, found: Report, verbose: bool) -> None:
+    """used, copied and unused in one line; the unused and the kept by reason, or by name with -v."""
+    account = found.account
+    copied = len(account.copied) + len(account.kept)
+    out.print()
+    out.print(f"{len(account.used):,} used, {copied:,} copied, {len(account.unused):,} unused")
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for entry in account.unused:
+        reasons.setdefault((entry.source, entry.reason), []).append(entry.key)
+    for key, reason in account.kept:
+        reasons.setdefault(("kept", reason), []).append(key)
+    for (source, reason), keys in reasons.items():
+        out.print(f"  {len(keys):>6,}  {printable(source)}: {printable(reason)}", style="dim")
+        if verbose:
+            for key in keys:
+                out.print(f"          {printable(key)}", style="dim")
+
+
+def print_warning(text: str) -> None:
+    console(error=True).print(f"warning: {printable(text)}", style="yellow", soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------ inspect
+
+
+def inspection(found: Inspection, *, verbose: bool) -> None:
+    out = console()
+    what = " · ".join(
+        [found.kind, *([found.architecture] if found.architecture else []), found.container,
+         f"{number(found.parameters)} parameters", size(found.nbytes)]
+    )  # fmt: skip
+    out.print(printable(found.path), style="bold", soft_wrap=True)
+    out.print(what)
+    if found.components:
+        out.print()
+        drawn = table("component", "tensors", "parameters", "size", "dtypes", right=(1, 2, 3))
+        for name, entry in found.components.items():
+            drawn.add_row(
+                name,
+                f"{entry['tensors']:,}",
+                number(entry["parameters"]),
+                size(entry["bytes"]),
+                dtypes(entry["dtypes"]),
+            )
+        if len(found.components) > 1:
+            total = (f"{found.count:,}", number(found.parameters), size(found.nbytes), dtypes(found.dtypes))
+            drawn.add_row("total", *total, style="dim")
+        out.print(drawn)
+    if found.metadata:
+        out.print()
+        drawn = table("metadata", "")
+        for key, value in found.metadata.items():
+            drawn.add_row(folded(key, verbose), folded(value, verbose))
+        out.print(drawn)
+    if found.left_out:
+        out.print()
+        drawn = table("left out", "")
+        shown = found.left_out if verbose else found.left_out[:10]
+        for path, reason in shown:
+            drawn.add_row(folded(path, verbose), folded(reason, verbose))
+        out.print(drawn)
+        if len(shown) < len(found.left_out):
+            out.print(f"(and {len(found.left_out) - len(shown):,} more; -v shows them)", style="dim")
+    if found.hashes is not None:
+        out.print()
+        drawn = table("hash", "")
+        for entry in found.hashes:
+            for name, value in entry.items():
+                drawn.add_row(name, printable(value))
+        out.print(drawn)
+    if found.tensors is not None:
+        out.print()
+        tree(out, found.tensors, found.stats)
+    elif found.stats is not None:
+        _stats_summary(out, found)
+
+
+def folded(text: str, whole: bool, limit: int = 160) -> str:
+    """A value from a file: harmless, on one line, and of bounded length unless all of it is asked for."""
+    if whole or len(text) <= limit:
+        return printable(text)
+    return f"{printable(text[:limit])}… ({len(text):,} characters; -v shows them)"
+
+
+def inspections(found: list[Inspection]) -> None:
+    """Several files as one table."""
+    drawn = table("file", "kind", "architecture", "tensors", "parameters", "size", "dtypes", right=(3, 4, 5))
+    for one in found:
+        drawn.add_row(
+            printable(one.path), one.kind, one.architecture or "-", f"{one.count:,}", number(one.parameters),
+            size(one.nbytes), dtypes(one.dtypes),
+        )  # fmt: skip
+    console().print(drawn)
+
+
+def tree(out: Console, tensors: Mapping[str, TensorSpec], stats: Mapping[str, Stats] | None) -> None:
+    """The names as a tree of their dotted parts; a part with a single child is joined with it."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    root: dict[str, Any] = {}
+    for name, spec in tensors.items():
+        at = root
+        *path, leaf = name.split(".")
+        for part in path:
+            at = at.setdefault(part + ".", {})
+        at[leaf] = (name, spec)
+
+    def grow(parent: Tree, node: Mapping[str, Any]) -> None:
+        for part, child in node.items():
+            if isinstance(child, tuple):
+                name, spec = child
+                line = Text(f"{printable(part) or '(no name)'}  ")
+                line.append(f"{spec.dtype} {list(spec.shape)}", style="dim")
+                if stats and name in stats:
+                    line.append(f"  {stats_words(stats[name])}", style="red" if bad(stats[name]) else "cyan")
+                parent.add(line)
+                continue
+            while len(child) == 1 and isinstance(next(iter(child.values())), dict):
+                (more, child), *_ = child.items()
+                part += more
+            grow(parent.add(Text(printable(part))), child)
+
+    drawn = Tree(Text(f"{len(tensors):,} tensors", style="dim"), guide_style="dim")
+    grow(drawn, root)
+    out.print(drawn, soft_wrap=True)
+
+
+def stats_words(s: Stats) -> str:
+    words = f"norm {s.norm:.4g}"
+    if s.low is not None:
+        words += f", {s.low:.4g} … {s.high:.4g}"
+    return words + (f", NaN {s.nan:,}" if s.nan else "") + (f", Inf {s.inf:,}" if s.inf else "")
+
+
+def bad(s: Stats) -> bool:
+    return bool(s.nan or s.inf)
+
+
+def _stats_summary(out: Console, found: Inspection) -> None:
+    """The largest values, and everything that is not finite, by name."""
+    assert found.stats is not None
+    out.print()
+    broken = {name: s for name, s in found.stats.items() if bad(s)}
+    finite = [s for s in found.stats.values() if s.low is not None]
+    if finite:
+        low, high = min(s.low for s in finite if s.low is not None), max(s.high for s in finite if s.high is not None)
+        norm = sum(s.norm**2 for s in finite) ** 0.5
+        zero = sum(s.norm == 0 for s in finite)
+        words = f"{len(found.stats):,} floating tensors: norm {norm:.5g}, values {low:.4g} … {high:.4g}"
+        out.print(words + (f", {zero:,} all zero" if zero else ""))
+    if not broken:
+        out.print("no NaN, no Inf", style="green")
+    for name, s in broken.items():
+        out.print(f"{printable(name)}: {stats_words(s)}", style="red", soft_wrap=True)

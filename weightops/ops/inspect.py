@@ -1,0 +1,233 @@
+"""inspect: what is this file? From headers alone; `stats` and `hashes` read it through once."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from weightops.engine.chunks import DEFAULT_MEMORY
+from weightops.errors import UsageError, quote
+from weightops.files.checkpoint import Checkpoint, open_checkpoint
+from weightops.files.dtypes import ARITHMETIC
+from weightops.files.tensor import Slot, TensorSpec
+from weightops.naming.identify import architecture_of, components_of, kind_of
+from weightops.plan import Block, Input, Plan, Task
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from weightops.files.source import ByteSource
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Of one tensor: `norm` is the Frobenius norm and, like `low` and `high`, of its finite values alone."""
+
+    norm: float
+    low: float | None
+    high: float | None
+    nan: int
+    inf: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"norm": self.norm, "min": self.low, "max": self.high, "nan": self.nan, "inf": self.inf}
+
+
+@dataclass(slots=True)
+class Inspection:
+    """What a file is; `tensors` are those that were asked for, `hashes` are of each of its files."""
+
+    path: str
+    kind: str
+    architecture: str | None
+    container: str
+    count: int
+    parameters: int
+    nbytes: int
+    dtypes: dict[str, int]
+    components: dict[str, dict[str, Any]]
+    metadata: dict[str, str]
+    left_out: list[tuple[str, str]]
+    tensors: dict[str, TensorSpec] | None = None
+    stats: dict[str, Stats] | None = None
+    hashes: list[dict[str, str]] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document that scripts may rely on."""
+        found: dict[str, Any] = {
+            "path": self.path,
+            "kind": self.kind,
+            "architecture": self.architecture,
+            "container": self.container,
+            "tensors": self.count,
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "dtypes": self.dtypes,
+            "components": self.components,
+            "metadata": self.metadata,
+            "left_out": [{"key": key, "reason": reason} for key, reason in self.left_out],
+        }
+        if self.tensors is not None:
+            found["tensor_list"] = {
+                name: {"dtype": s.dtype, "shape": list(s.shape), "bytes": s.nbytes} for name, s in self.tensors.items()
+            }
+        if self.stats is not None:
+            found["stats"] = {name: s.to_dict() for name, s in self.stats.items()}
+        if self.hashes is not None:
+            found["hashes"] = self.hashes
+        return found
+
+
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    tensors: str | None = None,
+    stats: bool = False,
+    hashes: bool = False,
+    memory: int = DEFAULT_MEMORY,
+    threads: int | None = None,
+) -> Inspection:
+    """Look at the file or folder `path`.
+
+    tensors: a glob; the tensors whose names match are listed. stats: norms, extremes, NaN and Inf of each
+    (of the listed ones, with `tensors`), in one pass. hashes: SHA-256 and its kin of each file.
+    Raises WeightopsError. Never imports torch, except for `stats`.
+    """
+    with open_checkpoint(path) as opened:
+        chosen = None
+        if tensors is not None:
+            chosen = {k: i.spec for k, i in sorted(opened.tensors.items()) if fnmatchcase(k, tensors)}
+            if not chosen:
+                raise UsageError("--tensors", f"no tensor of {opened.label} is named like {quote(tensors)}")
+        return Inspection(
+            path=opened.label,
+            kind=kind_of(opened.tensors),
+            architecture=architecture_of(opened.tensors),
+            container=opened.container,
+            count=len(opened.tensors),
+            parameters=sum(i.spec.values for i in opened.tensors.values()),
+            nbytes=opened.nbytes,
+            dtypes=dict(Counter(i.spec.dtype for i in opened.tensors.values()).most_common()),
+            components=_components(opened),
+            metadata=dict(sorted(opened.metadata.items())),
+            left_out=opened.left_out,
+            tensors=chosen,
+            stats=_stats(opened, chosen, memory, threads) if stats else None,
+            hashes=[file_hashes(f) for f in opened.files] if hashes else None,
+        )
+
+
+def _components(opened: Checkpoint) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for key, component in components_of(opened.tensors).items():
+        spec = opened.tensors[key].spec
+        entry = found.setdefault(component, {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": Counter()})
+        entry["tensors"] += 1
+        entry["parameters"] += spec.values
+        entry["bytes"] += spec.nbytes
+        entry["dtypes"][spec.dtype] += 1
+    for entry in found.values():
+        entry["dtypes"] = dict(entry["dtypes"].most_common())
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+def _stats(
+    opened: Checkpoint, chosen: dict[str, TensorSpec] | None, memory: int, threads: int | None
+) -> dict[str, Stats]:
+    """One pass over the floating tensors; blocks are joined in order, so the figures do not depend on threads."""
+    from weightops.engine.run import run
+
+    names = [
+        key
+        for key in (chosen if chosen is not None else opened.tensors)
+        if opened.tensors[key].spec.dtype in ARITHMETIC and opened.tensors[key].spec.nbytes
+    ]
+    tasks = tuple(
+        Task(
+            key,
+            (Input(0, Slot(key, opened.tensors[key].spec.flat())),),
+            (),
+            _block_stats,
+            work_nbytes=24,
+        )
+        for key in names
+    )
+    outcome = run(Plan((opened,), {}, tasks), None, memory=memory, threads=threads)
+    found = {}
+    for number, key in enumerate(names):
+        lows, highs, squares, nans, infs = zip(*outcome.values[number], strict=True)
+        low, high = min(lows), max(highs)
+        found[key] = Stats(
+            math.sqrt(math.fsum(squares)),
+            low if math.isfinite(low) else None,
+            high if math.isfinite(high) else None,
+            sum(nans),
+            sum(infs),
+        )
+    return found
+
+
+def _block_stats(
+    inputs: Sequence[Tensor], _outputs: Sequence[Tensor], _block: Block
+) -> tuple[float, float, float, int, int]:
+    import torch
+
+    values = inputs[0].double()
+    low, high = torch.aminmax(values)
+    nan = inf = 0
+    if not (math.isfinite(low) and math.isfinite(high)):
+        nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
+        values = values[values.isfinite()]
+        if not len(values):
+            return math.inf, -math.inf, 0.0, nan, inf
+        low, high = torch.aminmax(values)
+    return float(low), float(high), float(values.dot(values)), nan, inf
+
+
+# ------------------------------------------------------------------------------------------------ hashes
+
+
+def file_hashes(source: ByteSource) -> dict[str, str]:
+    """The names under which the field knows a file.
+
+    sha256: of the whole file; autov2: its first 10 digits (A1111, Civitai). tensor_data: SHA-256 of all after
+    the header, which kohya stores as sshs_model_hash; autov3: its first 12 digits. Source: FORMATS §8.
+    """
+    from weightops.files.source import read
+
+    whole = hashlib.sha256()
+    data = None
+    start = read(source, 0, min(source.size, 9))
+    data_start = 8 + int.from_bytes(start[:8], "little")
+    if start[8:] == b"{" and data_start <= source.size:
+        data = hashlib.sha256()
+    buffers = [bytearray(4 << 20), bytearray(4 << 20)]
+    second: threading.Thread | None = None
+    for number, position in enumerate(range(0, source.size, 4 << 20)):
+        part = memoryview(buffers[number % 2])[: source.size - position]
+        source.read_into(position, part)
+        if second is not None:
+            second.join()
+        if data is not None:
+            # The two digests are of nearly the same bytes: each on its own core.
+            second = threading.Thread(target=data.update, args=(part[max(0, data_start - position) :],))
+            second.start()
+        whole.update(part)
+    if second is not None:
+        second.join()
+    source.check_unchanged()
+    found = {"file": source.label, "sha256": whole.hexdigest(), "autov2": whole.hexdigest()[:10]}
+    if data is not None:
+        found |= {"tensor_data": data.hexdigest(), "autov3": data.hexdigest()[:12]}
+    return found

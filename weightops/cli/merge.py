@@ -9,7 +9,7 @@ import click
 from weightops.cli import options, render
 from weightops.cli.main import emit_json
 from weightops.errors import UsageError
-from weightops.merge.method import METHODS
+from weightops.merging.method import METHODS
 from weightops.ops.merge import DROPPABLE, merge
 
 

@@ -73,8 +73,10 @@ class LocalFile:
             if self.path.is_symlink():
                 raise UsageError(self.label, "a link that leads nowhere, expected a file") from None
             raise UsageError(self.label, "no such file") from None
-        except (OSError, ValueError) as e:
+        except OSError as e:
             raise UsageError(self.label, f"cannot be opened: {_reason(e)}") from None
+        except ValueError:  # a NUL, or a surrogate that stands for no byte
+            raise UsageError(self.label, "no file can bear this name") from None
         self.size = self._opened.st_size
         self._lock = threading.Lock()
 
@@ -128,5 +130,5 @@ class LocalFile:
             self._fd = -1
 
 
-def _reason(e: OSError | ValueError) -> str:
-    return (e.strerror or str(e)) if isinstance(e, OSError) else str(e)
+def _reason(e: OSError) -> str:
+    return e.strerror or str(e)

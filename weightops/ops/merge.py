@@ -15,7 +15,7 @@ from weightops.errors import MismatchError, UsageError, listing, quote
 from weightops.files.checkpoint import Checkpoint, open_checkpoint
 from weightops.files.dtypes import ARITHMETIC, DTYPE_WORDS, DTYPES
 from weightops.files.tensor import Slot, TensorSpec
-from weightops.merge.method import METHODS, MergeMethod
+from weightops.merging.method import METHODS, MergeMethod
 from weightops.naming.identify import (
     MARKER_METADATA,
     MARKERS,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Weights = Sequence[float]
 
-METHODS: Registry[MergeMethod] = Registry("merge method", "weightops.merge.methods")
+METHODS: Registry[MergeMethod] = Registry("merge method", "weightops.merging.methods")
 
 
 @dataclass(frozen=True, slots=True)

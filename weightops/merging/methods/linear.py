@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weightops.merge.method import Weights, merge_method
+from weightops.merging.method import Weights, merge_method
 from weightops.plan import Grain
 
 if TYPE_CHECKING:

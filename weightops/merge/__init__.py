@@ -1,1 +1,0 @@
-"""The arithmetic of models: tensors in, tensors out. Knows no files, no names, no devices."""

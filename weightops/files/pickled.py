@@ -1,4 +1,4 @@
-"""Files of torch.save (.ckpt, .pt, .pth, .bin): where their tensors lie. Runs nothing, imports nothing, copies no weights.
+"""Files of torch.save (.ckpt, .pt, .pth, .bin): where their tensors lie. Runs nothing and imports nothing.
 
 A pickle is a program. The machine here knows only the instructions that build plain values; a class is a name,
 an object is a record of what it was given, and a name outside the tables below is refused.
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 from weightops.errors import FormatError, TruncatedError, UnsafeError, WeightopsError, listing, printable, quote
 from weightops.files.dtypes import DTYPES
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_PICKLE_BYTES = 128 << 20  # of the pickle alone, which holds names and sizes; 2,500 tensors take 400 kB
 MAX_DIRECTORY_BYTES = 32 << 20  # of a zip archive's directory; 250,000 tensors take 20 MB
-MAX_STEPS = 8_000_000  # reads of the machine, two or three to an instruction; 2,500 tensors take 200,000
+MAX_INSTRUCTIONS = 2_000_000  # of the pickle; 2,500 tensors take 110,000
 MAX_REPEATED_BYTES = 16 << 20  # of a tensor that shows few stored bytes many times
 _CUT_OFF = "the download may have been cut off; fetch the file again"
 
@@ -41,7 +42,7 @@ class Pickled(NamedTuple):
 
 
 def read_pickled(source: ByteSource, shard: int = 0) -> Pickled:
-    """Find the tensors of a file of torch.save. Raises FormatError, or UnsafeError when it asks for more than tensors."""
+    """Find the tensors of a file of torch.save. Raises FormatError; UnsafeError when it asks for more than tensors."""
     start = read(source, 0, min(source.size, 512))
     if start.startswith(b"PK\x03\x04"):
         root, locate = _read_zip(source)
@@ -113,26 +114,26 @@ class _Inert:
     def __init__(self, name: str, args: tuple[object, ...] = ()) -> None:
         self.name = name
         self.args = args
-        self.items: dict[object, object] = {}
-        self.values: list[object] = []
+        self.items: dict[object, object] | None = None
+        self.values: list[object] | None = None
         self.state: object = None
 
     def __repr__(self) -> str:
         return self.name
 
 
-def _members(value: object) -> list[tuple[object, object]]:
+def _members(value: Any) -> Iterable[tuple[object, object]]:
     """Keys and values of what a container holds; nothing for anything else."""
     if type(value) is dict:
-        return list(value.items())
+        return value.items()
     if type(value) in (list, tuple):
-        return list(enumerate(value))  # type: ignore[call-overload]
-    if isinstance(value, _Inert):
-        state = value.state if type(value.state) is dict else {"state": value.state}
-        if type(state.get("_parameters")) is dict:  # a ParameterDict, as textual inversion saves its vectors
-            return list(state["_parameters"].items())
-        return [*value.items.items(), *state.items(), *enumerate((*value.args, *value.values))]
-    return []
+        return enumerate(value)
+    if not isinstance(value, _Inert):
+        return ()
+    state: dict[object, Any] = value.state if type(value.state) is dict else {"state": value.state}
+    if type(state.get("_parameters")) is dict:  # a ParameterDict, as textual inversion saves its vectors
+        return cast("dict[object, object]", state["_parameters"]).items()
+    return itertools.chain((value.items or {}).items(), state.items(), enumerate((*value.args, *(value.values or ()))))
 
 
 def _words(value: object) -> str:
@@ -245,7 +246,7 @@ def _rebuild_tensor_v3(
 ) -> object:
     """Version 3: the storage is bytes, and the dtype stands beside it."""
     dtype, *flags = rest
-    return _rebuild_tensor(storage, offset, shape, strides, None, None, *(flags or [None]), dtype)
+    return _rebuild_tensor(storage, offset, shape, strides, None, None, flags[0] if flags else None, dtype)
 
 
 def _rebuild_parameter(data: object, *_: object) -> object:
@@ -271,6 +272,7 @@ _FUNCTIONS: dict[str, Callable[..., object]] = {
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _rebuild_on_device,
+    "torch._tensor._rebuild_from_type": _rebuild_from_type,
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch._utils._rebuild_qtensor": lambda *_: _Absent("a quantised tensor"),
     "torch._utils._rebuild_sparse_tensor": lambda *_: _Absent("a sparse tensor"),
@@ -282,7 +284,8 @@ _FUNCTIONS: dict[str, Callable[..., object]] = {
     "torch.Size": lambda sizes=(): sizes,
 }
 
-_PYTHON_2: dict[str, str] = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+# Modules by their older names: Python 2's, and torch's before 1.9.
+_RENAMED: dict[str, str] = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"}
 
 _DICTS = frozenset({"collections.OrderedDict", "collections.defaultdict", "builtins.dict"})
 
@@ -320,19 +323,13 @@ _INERT_PACKAGES = (
 
 
 class _Stream:
-    """A source read forward from `at`. Never asks for more than is left, whatever size a pickle names."""
+    """A source read forward from `at` to `stop`. No size that a pickle names is believed before it is compared."""
 
     BLOCK = 1 << 16
 
     def __init__(self, source: ByteSource, at: int, stop: int) -> None:
         self.source, self.at, self.stop = source, at, stop
-        self.steps = 0
         self._block, self._first = b"", at
-
-    def spend(self, steps: int) -> None:
-        self.steps += steps
-        if self.steps > MAX_STEPS:
-            raise _Malformed(f"more than {MAX_STEPS:,} steps, the most that weightops takes for one file")
 
     def _ahead(self, n: int) -> int:
         """Where in the block the next `n` bytes are, or as many of them as there are."""
@@ -341,11 +338,9 @@ class _Stream:
         return self.at - self._first
 
     def read(self, n: int) -> bytes:
-        self.spend(1)
         if n > self.stop - self.at:
-            raise TruncatedError(
-                self.source.label, f"a damaged pickle: wants {n:,} bytes at byte {self.at:,} of {self.stop:,}", _CUT_OFF
-            )
+            what = f"a damaged pickle: byte {self.at:,}: wants {n:,} bytes, but its end is at {self.stop:,}"
+            raise TruncatedError(self.source.label, what, _CUT_OFF)
         if n > self.BLOCK:
             data = read(self.source, self.at, n)
         else:
@@ -355,7 +350,6 @@ class _Stream:
         return data
 
     def readline(self) -> bytes:
-        self.spend(1)
         begin = self._ahead(1024)
         end = self._block.find(b"\n", begin, begin + 1024) + 1
         if not end:
@@ -386,13 +380,16 @@ class _Machine(pickle._Unpickler):
 
     # The C machine keeps its memo in an array, which one instruction can ask to be gigabytes large; this is a dict.
     stack: list[Any]
+    metastack: list[list[Any]]
     append: Callable[[object], None]
+    read: Callable[[int], bytes]
+    readline: Callable[[], bytes]
     pop_mark: Callable[[], list[Any]]
 
     dispatch = _Instructions(
         (code[0], pickle._Unpickler.dispatch[code[0]])
         for code in (
-            pickle.PROTO, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP,
+            pickle.PROTO, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP,
             pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2,
             pickle.LONG, pickle.LONG1, pickle.LONG4, pickle.FLOAT, pickle.BINFLOAT,
             pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING, pickle.UNICODE, pickle.BINUNICODE,
@@ -406,22 +403,33 @@ class _Machine(pickle._Unpickler):
 
     def __init__(self, stream: _Stream) -> None:
         # Texts of Python 2 are bytes; a file must not be refused for a word in Latin-1 among its settings.
-        super().__init__(stream, encoding="utf-8", errors="backslashreplace")  # type: ignore[arg-type]
-        self.stream = stream
+        super().__init__(stream, encoding="utf-8", errors="backslashreplace")
+        self.stream, self.read, self.readline = stream, stream.read, stream.readline
+        self.instructions = 0
         self.storages: dict[str, tuple[_Dtype, int]] = {}
 
-    def run(self) -> object:
-        label, begin = self.stream.source.label, self.stream.at
+    def load(self) -> object:
+        self.stack, self.metastack = [], []
+        self.append = self.stack.append
+        at = self.stream.at
         try:
-            return self.load()
+            while (code := self.read(1)) != pickle.STOP:
+                self.spend(1)
+                self.dispatch[code[0]](self)
+                at = self.stream.at
+            return self.stack.pop()
         except WeightopsError:
             raise
         except Exception as e:
-            what = f"a damaged pickle: byte {self.stream.at:,}: {_reason(e)}"
-            raise FormatError(label, what, f"the pickle begins at byte {begin:,}") from None
+            raise FormatError(self.stream.source.label, f"a damaged pickle: byte {at:,}: {_reason(e)}") from None
+
+    def spend(self, instructions: int) -> None:
+        self.instructions += instructions
+        if self.instructions > MAX_INSTRUCTIONS:
+            raise _Malformed(f"more than {MAX_INSTRUCTIONS:,} instructions, the most that weightops follows")
 
     def find_class(self, module: str, name: str) -> object:
-        full = f"{_PYTHON_2.get(module, module)}.{name}"
+        full = f"{_RENAMED.get(module, module)}.{name}"
         if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
             return _DTYPES[_STORAGES[name]]
         if module == "torch" and name in _DTYPES:
@@ -466,7 +474,7 @@ class _Machine(pickle._Unpickler):
 
     def _dict(self, content: object) -> dict[object, object]:
         pairs = list(content.items()) if type(content) is dict else content if type(content) is list else []
-        self.stream.spend(len(pairs))  # one instruction each may copy the same long list
+        self.spend(len(pairs))  # one instruction each may copy the same long list
         made: dict[object, object] = {}
         for pair in pairs:
             if type(pair) not in (list, tuple) or len(pair) != 2:
@@ -475,6 +483,8 @@ class _Machine(pickle._Unpickler):
         return made
 
     def _put(self, target: object, items: list[object]) -> None:
+        if isinstance(target, _Inert) and target.items is None:
+            target.items = {}
         into = target.items if isinstance(target, _Inert) else target
         if type(into) is not dict or len(items) % 2:
             raise _Malformed(f"{len(items)} keys and values put into {_words(target)}")
@@ -485,6 +495,8 @@ class _Machine(pickle._Unpickler):
             into[key] = value
 
     def _extend(self, target: object, items: list[object]) -> None:
+        if isinstance(target, _Inert) and target.values is None:
+            target.values = []
         into = target.values if isinstance(target, _Inert) else target
         if type(into) is not list:
             raise _Malformed(f"{len(items)} values added to {_words(target)}")
@@ -642,9 +654,7 @@ def _entries(source: ByteSource) -> dict[str, ZipInfo]:
         if info.filename in entries:
             raise FormatError(source.label, f"{what} stands twice", "which of the two is meant cannot be known")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
-            raise FormatError(
-                source.label, f"{what} is compressed or encrypted, expected plain as torch.save writes it"
-            )
+            raise FormatError(source.label, f"{what} is compressed or encrypted, which torch.save never does")
         entries[info.filename] = info
     return entries
 
@@ -652,17 +662,15 @@ def _entries(source: ByteSource) -> dict[str, ZipInfo]:
 def _data_start(source: ByteSource, info: ZipInfo) -> int:
     """Where an entry's bytes begin. Only its own header knows: torch pads there, and not in the directory."""
     what = f"zip entry {quote(info.filename)}"
-    if info.header_offset + 30 > source.size:
-        raise TruncatedError(source.label, f"{what} begins beyond the end of the file", _CUT_OFF)
+    if not 0 <= info.header_offset <= source.size - 30:
+        raise TruncatedError(source.label, f"{what} begins outside the file, at byte {info.header_offset:,}", _CUT_OFF)
     header = read(source, info.header_offset, 30)
     if not header.startswith(b"PK\x03\x04"):
         raise FormatError(source.label, f"{what} does not begin at byte {info.header_offset:,}, as the directory says")
     start = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     if start + info.file_size > source.size:
-        stop = start + info.file_size
-        raise TruncatedError(
-            source.label, f"{what} ends at byte {stop:,}, but the file holds {source.size:,}", _CUT_OFF
-        )
+        what += f" ends at byte {start + info.file_size:,}, but the file holds {source.size:,}"
+        raise TruncatedError(source.label, what, _CUT_OFF)
     return start
 
 
@@ -675,11 +683,8 @@ def _read_zip(source: ByteSource) -> tuple[object, _Locate]:
         raise FormatError(label, f"a zip archive with {len(pickles)} pickles, expected one: {listing(pickles)}")
     top = pickles[0].removesuffix("data.pkl")
     if f"{top}constants.pkl" in entries or any(name.startswith(f"{top}code/") for name in entries):
-        raise FormatError(
-            label,
-            "a TorchScript archive, a program rather than weights",
-            "load it with torch.jit and save its state_dict()",
-        )
+        hint = "load it with torch.jit and save its state_dict()"
+        raise FormatError(label, "a TorchScript archive, a program rather than weights", hint)
     if order := entries.get(f"{top}byteorder"):
         found = read(source, _data_start(source, order), min(order.file_size, 16))
         if found != b"little":
@@ -698,7 +703,7 @@ def _read_zip(source: ByteSource) -> tuple[object, _Locate]:
             raise FormatError(label, f"storage {quote(key)} holds {info.file_size:,} bytes, expected {nbytes:,}")
         return _data_start(source, info)
 
-    return _Machine(_Stream(source, start, start + info.file_size)).run(), locate
+    return _Machine(_Stream(source, start, start + info.file_size)).load(), locate
 
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -709,7 +714,7 @@ def _read_legacy(source: ByteSource, beginning: bytes) -> tuple[object, _Locate]
     """Before torch 1.6: magic number, protocol, system, object, list of keys, each a pickle; then the storages."""
     label, stream = source.label, _Stream(source, 0, min(source.size, MAX_PICKLE_BYTES))
     try:
-        magic = _Machine(stream).run()
+        magic = _Machine(stream).load()
     except FormatError:
         if beginning[:1] == b"\x80":
             raise
@@ -718,15 +723,15 @@ def _read_legacy(source: ByteSource, beginning: bytes) -> tuple[object, _Locate]
     if type(magic) is not int or magic != _MAGIC:
         what = f"a pickle that holds {_words(magic)}, expected one of torch.save, with its magic number"
         raise FormatError(label, what, "save its tensors with torch.save")
-    protocol = _Machine(stream).run()
+    protocol = _Machine(stream).load()
     if type(protocol) is not int or protocol != _PROTOCOL:
         raise FormatError(label, f"a file of torch.save with an unknown protocol, expected {_PROTOCOL}")
-    system = _Machine(stream).run()
+    system = _Machine(stream).load()
     if type(system) is not dict or system.get("little_endian") is not True:
         raise FormatError(label, "was written on a big-endian machine, expected little-endian")
     machine = _Machine(stream)
-    root = machine.run()
-    keys = _Machine(stream).run()
+    root = machine.load()
+    keys = _Machine(stream).load()
     if type(keys) is not list or any(type(key) is not str for key in keys):
         raise FormatError(label, f"its storages are listed in {_words(keys)}, expected a list of texts")
     starts = _storage_starts(source, stream.at, keys, machine.storages)
@@ -768,8 +773,12 @@ def _storage_starts(
 _WRAPPERS = ("state_dict", "model", "params_ema", "params")
 
 
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, _Tensor | _Absent)
+
+
 def _edges(value: object, seen: set[int]) -> Iterator[tuple[object, object]]:
-    """Each container under `value`, paired with each of its members; a container in `seen` is not entered again."""
+    """Each container under `value` with each of its members; a container in `seen` is not entered again."""
     todo = [value]
     while todo:
         parent = todo.pop()
@@ -777,19 +786,20 @@ def _edges(value: object, seen: set[int]) -> Iterator[tuple[object, object]]:
             seen.add(id(parent))
             for _, child in _members(parent):
                 yield parent, child
-                todo.append(child)
+                if isinstance(child, dict | list | tuple | _Inert):
+                    todo.append(child)
 
 
 def _holders(root: object) -> set[int]:
     """The containers, by identity, from which a tensor can be reached."""
     parents: dict[int, list[int]] = {}
+    todo: list[int] = []
     for parent, child in _edges(root, set()):
-        if isinstance(child, _Tensor | _Absent):
-            parents.setdefault(0, []).append(id(parent))
+        if _is_tensor(child):
+            todo.append(id(parent))
         elif isinstance(child, dict | list | tuple | _Inert):
             parents.setdefault(id(child), []).append(id(parent))
     holders: set[int] = set()
-    todo = parents.pop(0, [])
     while todo:
         holder = todo.pop()
         if holder not in holders:
@@ -807,50 +817,53 @@ class _Flattening:
         self.characters = 0
 
     def run(self, root: object) -> Pickled:
-        if isinstance(root, _Tensor | _Absent):
+        if _is_tensor(root):
             root = {"tensor": root}
-        if not _members(root) and type(root) not in (dict, list, tuple):
-            raise FormatError(self.label, f"holds {_words(root)}, expected tensors")
         holders = _holders(root)
+        if id(root) not in holders and type(root) not in (dict, list, tuple):
+            raise FormatError(self.label, f"holds {_words(root)}, expected tensors")
         self._walk(self._unwrap(root, holders), holders)
         return self.found
 
     def _unwrap(self, root: object, holders: set[int]) -> object:
         """The weights of a checkpoint that names them so; what stands beside them is left out, in words."""
-        members = _members(root)
-        for wrapper in _WRAPPERS:
-            weights = next((value for key, value in members if key == wrapper and id(value) in holders), None)
-            beside = any(isinstance(value, _Tensor | _Absent) for _, value in members)
-            if weights is None or (beside and wrapper != "state_dict"):
+        beside = any(_is_tensor(value) for _, value in _members(root))
+        for wrapper in _WRAPPERS[:1] if beside else _WRAPPERS:
+            weights = next((value for key, value in _members(root) if key == wrapper and id(value) in holders), None)
+            if weights is None:
                 continue
             seen = {id(root), id(weights)}
-            for key, value in members:
-                if value is not weights:
-                    count = isinstance(value, _Tensor | _Absent) + sum(
-                        isinstance(child, _Tensor | _Absent) for _, child in _edges(value, seen)
-                    )
-                    self._leave(
-                        self._path(None, key), value, f" with {count:,} tensors outside {wrapper!r}" if count else ""
-                    )
+            for key, value in _members(root):
+                why = f" outside {wrapper!r}" if _is_tensor(value) else ""
+                if id(value) in holders:
+                    count = sum(_is_tensor(child) for _, child in _edges(value, seen))
+                    why = f" with {count:,} tensors of its own, outside {wrapper!r}"
+                if key != wrapper:
+                    self._leave(self._path(None, key), value, why)
             return weights
         return root
 
     def _walk(self, root: object, holders: set[int]) -> None:
         entered: dict[int, str] = {id(root): ""}
-        todo = [(self._path(None, key), key, value) for key, value in reversed(_members(root))]
+        todo: list[tuple[str | None, Iterator[tuple[object, object]]]] = [(None, iter(_members(root)))]
         while todo:
-            path, key, value = todo.pop()
-            if type(key) not in (str, int):
-                self._leave(path, value, f" under a key that is {_words(key)}, expected a text")
-            elif isinstance(value, _Tensor):
-                self._add(path, value)
-            elif id(value) not in holders:
-                self._leave(path, value)
-            elif id(value) in entered:
-                self._leave(path, value, f" that stands at {quote(entered[id(value)])} too")
+            prefix, members = todo[-1]
+            for key, value in members:
+                path = self._path(prefix, key)
+                if type(key) not in (str, int):
+                    self._leave(path, value, f" under a key that is {_words(key)}, expected a text")
+                elif isinstance(value, _Tensor):
+                    self._add(path, value)
+                elif id(value) not in holders:
+                    self._leave(path, value)
+                elif id(value) in entered:
+                    self._leave(path, value, f" that stands at {quote(entered[id(value)])} too")
+                else:
+                    entered[id(value)] = path
+                    todo.append((path, iter(_members(value))))
+                    break
             else:
-                entered[id(value)] = path
-                todo.extend((self._path(path, k), k, v) for k, v in reversed(_members(value)))
+                todo.pop()
 
     def _path(self, prefix: str | None, key: object) -> str:
         part = key if type(key) is str else str(key) if type(key) is int else quote(key)
@@ -862,12 +875,13 @@ class _Flattening:
         return part if prefix is None else f"{prefix}.{part}"
 
     def _leave(self, path: str, value: object, why: str = "") -> None:
+        if len(self.found.left_out) == MAX_TENSORS:
+            raise FormatError(self.label, f"holds more than {MAX_TENSORS:,} things that are no tensors")
         if isinstance(value, _Absent):
             reason = value.reason
-        elif why:
-            reason = f"{_words(value)}{why}"
         else:
-            reason = f"{_words(value)} without tensors" if _members(value) else f"{_words(value)}, no tensor"
+            container = type(value) in (dict, list, tuple)
+            reason = _words(value) + (why or (" without tensors" if container else ", no tensor"))
         self.found.left_out.append((path, reason))
 
     def _add(self, name: str, t: _Tensor) -> None:
@@ -886,11 +900,13 @@ class _Flattening:
             raise FormatError(
                 self.label, f"{what} reaches byte {(t.offset + span) * size:,} of a storage that holds {have:,}"
             )
-        if spec.nbytes > max(span * size, MAX_REPEATED_BYTES):
+        if spec.nbytes > max(have, MAX_REPEATED_BYTES):
             raise FormatError(self.label, f"{what} is a view that repeats {span * size:,} bytes into {spec.nbytes:,}")
         start = self.locate(t.storage.key, t.storage.nbytes) + t.storage.first * t.storage.dtype.nbytes
         start += t.offset * size if span else 0
-        strides = None if _is_row_major(t.shape, t.strides) else t.strides
+        strides = None
+        if not _is_row_major(t.shape, t.strides):
+            strides = tuple(step if n > 1 else 0 for n, step in zip(t.shape, t.strides, strict=True))
         self.found.tensors[name] = TensorInfo(spec, self.shard, start, start + span * size, strides)
 
 
@@ -920,37 +936,38 @@ def read_strided(source: ByteSource, info: TensorInfo, begin: int, end: int, out
     The range is cut into blocks, and each block along its longest stride until the stored bytes that it
     spans are few, or mostly wanted. Takes at most 4 MiB, whatever the strides.
     """
-    if info.strides is None:
+    if info.strides is None or begin == end:
         source.read_into(info.start + begin, out)
         return
     import numpy as np
 
+    strides = info.strides
     size = DTYPES[info.spec.dtype].bits // 8
     values = np.frombuffer(out, f"u{size}")
     buffer = memoryview(bytearray(min(_READ_BYTES, info.stop - info.start)))
     at = begin // size
     while at < end // size:
-        first, shape = _block(info.spec.shape, info.strides, at, end // size)
+        first, shape = _block(info.spec.shape, strides, at, end // size)
         done = at - begin // size
         at += prod(shape)
         todo = [(first, values[done : done + prod(shape)].reshape(shape))]
         while todo:
             first, into = todo.pop()
-            span = _span(into.shape, info.strides) * size
-            wanted = prod(n for n, step in zip(into.shape, info.strides, strict=True) if step) * size
+            span = _span(into.shape, strides) * size
+            wanted = prod(n for n, step in zip(into.shape, strides, strict=True) if step) * size
             if span <= len(buffer) and (span <= _GAP_BYTES or span <= 8 * wanted):
                 source.read_into(info.start + first * size, buffer[:span])
-                steps = [step * size for step in info.strides]
+                steps = [step * size for step in strides]
                 into[...] = np.ndarray(into.shape, values.dtype, buffer[:span], strides=steps)
             else:
-                axis = max(range(into.ndim), key=lambda a: info.strides[a] if into.shape[a] > 1 else -1)
+                axis = max(range(into.ndim), key=lambda a: strides[a] if into.shape[a] > 1 else -1)
                 half = into.shape[axis] // 2
                 head, tail = np.split(into, [half], axis)
-                todo += [(first + half * info.strides[axis], tail), (first, head)]
+                todo += [(first + half * strides[axis], tail), (first, head)]
 
 
 def _block(shape: tuple[int, ...], strides: tuple[int, ...], at: int, end: int) -> tuple[int, tuple[int, ...]]:
-    """The largest block of whole indices that begins at value `at` and ends by `end`: its first stored value, its shape."""
+    """The largest block of whole indices from value `at` on that ends by `end`: its first stored value, its shape."""
     axis, inner = len(shape) - 1, 1
     while axis > 0 and at % (inner * shape[axis]) == 0 and at + inner * shape[axis] <= end:
         inner *= shape[axis]

@@ -1,3 +1,32 @@
-"""Surgery on diffusion weights."""
+"""Surgery on diffusion weights: `weightops.merge("a.safetensors", "b.safetensors", alpha=0.7)`.
+
+Each verb of the command line is a function here, with the same words, that returns its report as a value.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weightops.ops.inspect import inspect
+    from weightops.ops.merge import merge
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "inspect", "merge"]
+
+# Imported when first asked for, so that `import weightops` costs nothing. No subpackage may have a verb's name:
+# importing it would put the module in the function's place.
+_VERBS = {"inspect": "weightops.ops.inspect", "merge": "weightops.ops.merge"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _VERBS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    verb = globals()[name] = getattr(importlib.import_module(_VERBS[name]), name)
+    return verb
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

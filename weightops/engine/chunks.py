@@ -15,6 +15,8 @@ from weightops.plan import Block, Grain, Plan, Task
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from weightops.files.tensor import Slot
+
 # Two inputs and an output of a block in half precision fill 1.5 MiB: they stay in the second-level cache
 # from the read to the write. Chunks of 8 MiB and more measured two to three times slower.
 BLOCK_VALUES = 256 * 1024
@@ -57,7 +59,7 @@ def block_rows(task: Task) -> int:
     if task.grain is Grain.TENSOR:
         return rows
     slots = [*task.outputs, *(i.slot for i in task.inputs if not i.shared)]
-    widest = max(slot.spec.values // max(slot.spec.rows, 1) for slot in slots)
+    widest = max((slot.spec.row_values for slot in slots), default=1)
     return max(1, BLOCK_VALUES // max(widest, 1))
 
 
@@ -65,10 +67,18 @@ def chunk_cost(task: Task, rows: int) -> int:
     """Bytes in flight for a chunk of so many rows: inputs, outputs, and the working copies of one block."""
     if task.compute is None:
         return rows  # a copy is written from the buffer into which it was read
-    cost = task.work_nbytes * min(rows, block_rows(task))
-    for entry in task.inputs:
-        cost += entry.slot.spec.nbytes if entry.shared else entry.slot.spec.row_nbytes * rows
-    return cost + sum(slot.spec.row_nbytes * rows for slot in task.outputs)
+    slots = [*((i.slot, i.shared) for i in task.inputs), *((slot, False) for slot in task.outputs)]
+    spans = (slot_span(task, slot, 0, rows, shared=shared) for slot, shared in slots)
+    return task.work_nbytes * min(rows, block_rows(task)) + sum(stop - start for start, stop in spans)
+
+
+def slot_span(task: Task, slot: Slot, start: int, stop: int, *, shared: bool) -> tuple[int, int]:
+    """The bytes of `slot` that belong to rows `start` to `stop` of the task; all of them where it cannot be cut."""
+    if task.compute is None:
+        return start, stop
+    if shared or task.grain is Grain.TENSOR:
+        return 0, slot.spec.nbytes
+    return start * slot.spec.row_nbytes, stop * slot.spec.row_nbytes
 
 
 def smallest_memory(plan: Plan) -> tuple[int, str]:
@@ -87,10 +97,15 @@ def check_memory(plan: Plan, memory: int) -> None:
         )
 
 
+def chunk_target(memory: int) -> int:
+    """The bytes that a chunk should take, if a block does not take more."""
+    return min(max(memory // SHARE, CHUNK_MIN), CHUNK_MAX)
+
+
 def cut(plan: Plan, memory: int) -> Iterator[Chunk]:
     """The chunks of all tasks, in plan order. Raises MemoryRefused if a block alone is over the budget."""
     check_memory(plan, memory)
-    target = min(max(memory // SHARE, CHUNK_MIN), CHUNK_MAX)
+    target = chunk_target(memory)
     for number, task in enumerate(plan.tasks):
         rows, height = task_rows(task), block_rows(task)
         if not any(slot.spec.nbytes for slot in (*task.outputs, *(i.slot for i in task.inputs))):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from weightops.engine.tensors import Lane
     from weightops.plan import Input, Plan
 
+EXTRA_WORKERS = 2  # where workers wait for something other than the processor
 LOOK_AHEAD = 16  # chunks whose bytes the operating system is asked to fetch before they are read
 
 Progress = Callable[[int, int], None]
@@ -118,6 +119,7 @@ class _Run:
         self.error: BaseException | None = None
         self.leaves: list[dict[tuple[str, Any, int], bytes]] = [{} for _ in plan.sources]
         self.values: dict[int, dict[int, Any]] = {}
+        self._threads: list[threading.Thread] = []
         self._feed = threading.Lock()
         self._chunks = self._looking_ahead(cut(plan, memory))
         self._state = threading.Condition()
@@ -128,16 +130,16 @@ class _Run:
 
     def go(self, on_progress: Progress) -> Outcome:
         compute = any(task.compute is not None for task in self.plan.tasks)
-        # More workers than computing threads, so that some can wait for the disk (or the device) meanwhile.
-        count = self.threads + 2
-        workers = [threading.Thread(target=self._work, name=f"weightops-{n}", daemon=True) for n in range(count)]
+        # Where the system fetches ahead, a worker hardly waits, and more of them would only take turns.
+        fetched = all(source.fetches_ahead for source in self.plan.sources)
+        self._start(self.threads + (0 if fetched else EXTRA_WORKERS))
         if compute:
-            workers.append(threading.Thread(target=self._import_torch, name="weightops-torch", daemon=True))
-        for worker in workers:
-            worker.start()
+            loader = threading.Thread(target=self._import_torch, name="weightops-torch", daemon=True)
+            self._threads.append(loader)
+            loader.start()
         try:
             shown = -1
-            while any(w.is_alive() for w in workers):
+            while any(thread.is_alive() for thread in list(self._threads)):
                 with self._state:
                     self._state.wait(0.05)
                 if self.done != shown:
@@ -145,8 +147,8 @@ class _Run:
                     on_progress(shown, self.total)
         except BaseException as e:
             self._fail(e)
-        for worker in workers:
-            worker.join()
+        for thread in self._threads:
+            thread.join()
         if self.error is not None:
             raise self.error
         return Outcome(
@@ -156,6 +158,12 @@ class _Run:
             hashes=[_hash_of(leaves) for leaves in self.leaves],
             values={n: [found[i] for i in sorted(found)] for n, found in self.values.items()},
         )
+
+    def _start(self, workers: int) -> None:
+        for _ in range(workers):
+            thread = threading.Thread(target=self._work, name=f"weightops-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def _fail(self, error: BaseException) -> None:
         with self._state:
@@ -171,6 +179,8 @@ class _Run:
 
             self.device = resolve_device(self.device)
             set_cpu_threads()
+            if self.device != "cpu":
+                self._start(EXTRA_WORKERS)  # some copy to and from the device while others read and write
             self._torch_ready.set()
         except BaseException as e:
             self._fail(e)

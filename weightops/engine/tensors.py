@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from weightops.errors import UsageError
+from weightops.plan import Grain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,6 +90,8 @@ def _blocks(chunk: Chunk, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -
     assert task.compute is not None
     values = []
     with torch.no_grad():
+        if task.grain is Grain.TENSOR:  # slots may differ in height here
+            return [task.compute(inputs, outputs, block) for block in chunk.blocks()]
         for block in chunk.blocks():
             low, high = block.start - chunk.start, block.stop - chunk.start
             given = [t if i.shared or t.ndim == 0 else t[low:high] for i, t in zip(task.inputs, inputs, strict=True)]
@@ -100,8 +103,8 @@ def _blocks(chunk: Chunk, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -
 def _views(
     chunk: Chunk, inputs: Sequence[memoryview], outputs: Sequence[memoryview]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    rows = chunk.stop - chunk.start
     task = chunk.task
+    rows = None if task.grain is Grain.TENSOR else chunk.stop - chunk.start
     given = [as_tensor(b, i.slot.spec, None if i.shared else rows) for i, b in zip(task.inputs, inputs, strict=True)]
     return given, [as_tensor(b, s.spec, rows) for s, b in zip(task.outputs, outputs, strict=True)]
 

@@ -15,6 +15,11 @@ from weightops.files.tensor import Slot, TensorInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from typing import TypeAlias
+
+    from weightops.files.hub import HubPath
+
+    Place: TypeAlias = Path | HubPath
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 INDEX_SUFFIX = ".index.json"
@@ -72,6 +77,11 @@ class Checkpoint:
         for offset, nbytes in slot.pieces(start, stop):
             self.files[info.shard].will_need(info.start + offset, nbytes)
 
+    @property
+    def fetches_ahead(self) -> bool:
+        """Are bytes that `will_need` announced on their way, so that reading them hardly waits?"""
+        return all(isinstance(f, LocalFile) and hasattr(os, "posix_fadvise") for f in self.files)
+
     def check_unchanged(self) -> None:
         for file in self.files:
             file.check_unchanged()
@@ -90,12 +100,21 @@ class Checkpoint:
 def open_checkpoint(label: str | os.PathLike[str]) -> Checkpoint:
     """Open what the user named: a file, an index of shards, a folder of shards, a diffusers folder or component.
 
-    Raises UsageError when there is no such thing, FormatError and UnsafeError when it is not what it should be.
+    Any of them may lie on a hub: `hf://owner/name[@revision][/path]`.
+    Raises UsageError when there is no such thing, FormatError and UnsafeError when it is not what it should be,
+    NetworkError when the hub cannot be read.
     """
     label = os.fspath(label)
     if not label or "\0" in label:
         raise UsageError(quote(label), "no file has this name")
-    path = Path(label)
+    if label.startswith("hf://"):
+        from weightops.files.hub import locate
+
+        return _open(locate(label), label)
+    return _open(Path(label), label)
+
+
+def _open(path: Place, label: str) -> Checkpoint:
     if path.is_dir():
         return _open_folder(path, label)
     if path.name.endswith(INDEX_SUFFIX):
@@ -106,8 +125,12 @@ def open_checkpoint(label: str | os.PathLike[str]) -> Checkpoint:
 # ------------------------------------------------------------------------------------------------ one file
 
 
-def _open_file(path: Path, label: str) -> Checkpoint:
-    source = LocalFile(path, label)
+def _open_source(path: Place, label: str) -> ByteSource:
+    return LocalFile(path, label) if isinstance(path, Path) else path.open(label)
+
+
+def _open_file(path: Place, label: str) -> Checkpoint:
+    source = _open_source(path, label)
     try:
         if path.suffix.lower() in PICKLE_SUFFIXES and not _looks_like_safetensors(source):
             start = read(source, 0, min(source.size, 512))
@@ -136,7 +159,7 @@ def _looks_like_safetensors(source: ByteSource) -> bool:
 # ------------------------------------------------------------------------------------------------ shards
 
 
-def _open_shards(index: Path, label: str) -> Checkpoint:
+def _open_shards(index: Place, label: str) -> Checkpoint:
     weights = _read_json(index, label)
     table = weights.get("weight_map")
     if not isinstance(table, dict) or not table:
@@ -149,7 +172,7 @@ def _open_shards(index: Path, label: str) -> Checkpoint:
             path = index.parent / shard
             if not path.is_file():
                 raise FormatError(label, f"the shard {quote(shard)} is missing", "fetch all shards beside the index")
-            source = LocalFile(path, f"{label} ({shard})")
+            source = _open_source(path, f"{label} ({shard})")
             headers[shard] = read_header(source, shard=len(files))
             files.append(source)
         metadata: dict[str, str] = {}
@@ -185,7 +208,7 @@ def _shard_name(name: object, label: str) -> str:
 # ------------------------------------------------------------------------------------------------ folders
 
 
-def _open_folder(folder: Path, label: str) -> Checkpoint:
+def _open_folder(folder: Place, label: str) -> Checkpoint:
     if (folder / "model_index.json").is_file():
         return _open_diffusers(folder, label)
     return _open_component(folder, label)
@@ -208,34 +231,36 @@ _COMPONENT_FILES = (
 )
 
 
-def _component_file(folder: Path) -> Path | None:
+def _component_file(folder: Place) -> Place | None:
     for name in _COMPONENT_FILES:
         if (folder / name).is_file():
             return folder / name
-    indexes = sorted(folder.glob("*.safetensors" + INDEX_SUFFIX))
+    indexes: list[Place] = [*folder.glob("*.safetensors" + INDEX_SUFFIX)]
     if len(indexes) == 1:
         return indexes[0]
-    singles = sorted(folder.glob("*.safetensors"))
+    singles: list[Place] = [*folder.glob("*.safetensors")]
     return singles[0] if len(singles) == 1 and not indexes else None
 
 
-def _open_component(folder: Path, label: str) -> Checkpoint:
+def _open_component(folder: Place, label: str) -> Checkpoint:
     path = _component_file(folder)
     if path is None:
         found = sorted(p.name for p in folder.glob("*.safetensors"))
         if found:
             raise UsageError(label, f"a folder with several models: {listing(found)}", "name one of them")
         raise UsageError(
-            label, "a folder without weights, expected a diffusers folder, shards with their index, or one file"
+            label,
+            "a folder without weights, expected a diffusers folder, shards with their index, or one file",
+            f"it holds {listing(sorted(p.name for p in folder.glob('*')))}",
         )
-    opened = open_checkpoint(path)
+    opened = _open(path, str(path))
     opened.label = label
     for file in opened.files:
         file.label = f"{label} ({path.name})" if len(opened.files) == 1 else file.label
     return opened
 
 
-def _open_diffusers(folder: Path, label: str) -> Checkpoint:
+def _open_diffusers(folder: Place, label: str) -> Checkpoint:
     """Every component with weights, each tensor named `component.name`."""
     index = _read_json(folder / "model_index.json", label)
     files: list[ByteSource] = []
@@ -247,7 +272,7 @@ def _open_diffusers(folder: Path, label: str) -> Checkpoint:
             if path is None:
                 continue
             try:
-                opened = open_checkpoint(path)
+                opened = _open(path, str(path))
             except WeightopsError as e:
                 raise type(e)(f"{label} ({component})", e.what, e.hint) from None
             components.append(component)
@@ -274,8 +299,8 @@ def _components(index: Mapping[str, Any], label: str) -> Iterator[str]:
         yield name
 
 
-def _read_json(path: Path, label: str) -> dict[str, Any]:
-    source = LocalFile(path, label)
+def _read_json(path: Place, label: str) -> dict[str, Any]:
+    source = _open_source(path, label)
     try:
         if source.size > _MAX_JSON_BYTES:
             raise FormatError(label, f"{path.name} holds {source.size:,} bytes, expected at most {_MAX_JSON_BYTES:,}")

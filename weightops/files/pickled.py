@@ -9,13 +9,12 @@ Source: torch 2.13, serialization.py and _utils.py; the pickle opcodes of CPytho
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from weightops.errors import FormatError, TruncatedError, UnsafeError, WeightopsError, listing, printable, quote
 from weightops.files.dtypes import DTYPES
@@ -26,9 +25,11 @@ from weightops.files.tensor import TensorInfo, TensorSpec
 if TYPE_CHECKING:
     from zipfile import ZipInfo
 
+    from numpy.typing import NDArray
+
 MAX_PICKLE_BYTES = 128 << 20  # of the pickle alone, which holds names and sizes; 2,500 tensors take 400 kB
 MAX_DIRECTORY_BYTES = 32 << 20  # of a zip archive's directory; 250,000 tensors take 20 MB
-MAX_INSTRUCTIONS = 2_000_000  # of the pickle; 2,500 tensors take 110,000
+MAX_INSTRUCTIONS = 2_000_000  # of the pickle; 2,500 tensors take 80,000
 MAX_REPEATED_BYTES = 16 << 20  # of a tensor that shows few stored bytes many times
 _CUT_OFF = "the download may have been cut off; fetch the file again"
 
@@ -130,10 +131,9 @@ def _members(value: Any) -> Iterable[tuple[object, object]]:
         return enumerate(value)
     if not isinstance(value, _Inert):
         return ()
-    state: dict[object, Any] = value.state if type(value.state) is dict else {"state": value.state}
-    if type(state.get("_parameters")) is dict:  # a ParameterDict, as textual inversion saves its vectors
-        return cast("dict[object, object]", state["_parameters"]).items()
-    return itertools.chain((value.items or {}).items(), state.items(), enumerate((*value.args, *(value.values or ()))))
+    # Arguments and state may be another object's too: one member each, so that they are entered once.
+    shared = [(key, member) for key, member in (("args", value.args), ("state", value.state)) if member]
+    return itertools.chain((value.items or {}).items(), enumerate(value.values or ()), shared)
 
 
 def _words(value: object) -> str:
@@ -206,11 +206,11 @@ _STORAGES: dict[str, str] = {
 
 
 def _dims(value: object, what: str) -> tuple[int, ...]:
-    if type(value) is not tuple or len(value) > 64:
-        raise _Malformed(f"{what} of a tensor that are no tuple of at most 64 numbers")
+    if type(value) is not tuple or len(value) > 32:  # numpy's own limit before 2.0
+        raise _Malformed(f"a tensor with {what} that are no tuple of at most 32 numbers")
     for n in value:
         if type(n) is not int or not 0 <= n < 2**63:
-            raise _Malformed(f"{what} of a tensor that are not whole numbers from 0 to 2**63")
+            raise _Malformed(f"a tensor with {what} that are not whole numbers from 0 to 2**63")
     return value
 
 
@@ -234,10 +234,12 @@ def _rebuild_tensor(
         return _Absent("a conjugated or negated view, whose bytes are not its values")
     if dtype.code is None:
         return _Absent(f"values of {dtype.name}, which are not read")
-    (first,) = _dims((offset,), "an offset")
+    (first,) = _dims((offset,), "offsets")
     sizes, steps = _dims(shape, "sizes"), _dims(strides, "strides")
     if len(sizes) != len(steps):
         raise _Malformed(f"a tensor with {len(sizes)} sizes and {len(steps)} strides")
+    if prod(sizes) >= 2**63:
+        raise _Malformed("a tensor of 2**63 values or more")
     return _Tensor(storage, dtype, first, sizes, steps)
 
 
@@ -259,19 +261,12 @@ def _rebuild_from_type(func: object, _type: object, args: tuple[object, ...], *_
     return func.build(*args)
 
 
-def _rebuild_on_device(data: object, dtype: object, *_: object) -> object:
-    if isinstance(data, _Tensor) and data.dtype is dtype:
-        return data
-    return _Absent("a tensor that changes its dtype when it is loaded")
-
-
 _FUNCTIONS: dict[str, Callable[..., object]] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _rebuild_on_device,
     "torch._tensor._rebuild_from_type": _rebuild_from_type,
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch._utils._rebuild_qtensor": lambda *_: _Absent("a quantised tensor"),
@@ -279,6 +274,7 @@ _FUNCTIONS: dict[str, Callable[..., object]] = {
     "torch._utils._rebuild_nested_tensor": lambda *_: _Absent("a nested tensor"),
     "torch._utils._rebuild_wrapper_subclass": lambda *_: _Absent("a tensor subclass without values of its own"),
     "torch._utils._rebuild_meta_tensor_no_storage": lambda *_: _Absent("a meta tensor, which has no values"),
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": lambda *_: _Absent("a tensor of an XLA device"),
     "torch._utils._rebuild_device_tensor_from_numpy": lambda *_: _Absent("a tensor stored as a numpy array"),
     "torch._utils._rebuild_xla_tensor": lambda *_: _Absent("a tensor stored as a numpy array"),
     "torch.Size": lambda sizes=(): sizes,
@@ -307,6 +303,9 @@ _INERT = frozenset({
     "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePath", "pathlib.PurePosixPath",
     "pathlib.PureWindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath",
 })  # fmt: skip
+
+# A dict of tensors in the form of a module, as textual inversion saves its vectors.
+_PARAMETERS = "torch.nn.modules.container.ParameterDict"
 
 _INERT_PACKAGES = (
     "pytorch_lightning.",
@@ -337,10 +336,13 @@ class _Stream:
             self._block, self._first = read(self.source, self.at, min(self.BLOCK, self.stop - self.at)), self.at
         return self.at - self._first
 
+    def _cut(self, wanted: str) -> TruncatedError:
+        what = f"a damaged pickle: byte {self.at:,}: wants {wanted}, but its end is at {self.stop:,}"
+        return TruncatedError(self.source.label, what, _CUT_OFF)
+
     def read(self, n: int) -> bytes:
         if n > self.stop - self.at:
-            what = f"a damaged pickle: byte {self.at:,}: wants {n:,} bytes, but its end is at {self.stop:,}"
-            raise TruncatedError(self.source.label, what, _CUT_OFF)
+            raise self._cut(f"{n:,} bytes")
         if n > self.BLOCK:
             data = read(self.source, self.at, n)
         else:
@@ -353,7 +355,7 @@ class _Stream:
         begin = self._ahead(1024)
         end = self._block.find(b"\n", begin, begin + 1024) + 1
         if not end:
-            raise _Malformed("a line without an end")
+            raise self._cut("a line") if self.stop - self.at < 1024 else _Malformed("a line of more than 1,024 bytes")
         self.at += end - begin
         return self._block[begin:end]
 
@@ -449,6 +451,8 @@ class _Machine(pickle._Unpickler):
         )
 
     def persistent_load(self, pid: object) -> object:
+        if type(pid) is tuple and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], _Global):
+            return pid[1]  # a class of torch.nn, which files before torch 1.6 give with its source
         if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
             raise _Malformed("a persistent id that names no storage")
         _, dtype, key, _, values, *view = pid
@@ -522,8 +526,11 @@ class _Machine(pickle._Unpickler):
     def load_build(self) -> None:
         state = self.stack.pop()
         # A state_dict's own attribute holds the versions of its modules: nothing that loads as a weight.
-        if isinstance(self.stack[-1], _Inert):
-            self.stack[-1].state = state
+        top = self.stack[-1]
+        if isinstance(top, _Inert):
+            top.state = state
+            if top.name == _PARAMETERS and type(state) is dict and type(state.get("_parameters")) is dict:
+                self.stack[-1] = state["_parameters"]
 
     def load_append(self) -> None:
         value = self.stack.pop()
@@ -551,7 +558,8 @@ class _Machine(pickle._Unpickler):
         self.append(_Inert("builtins.set"))  # nothing to hash
 
     def load_frozenset(self) -> None:
-        self.append(_Inert("builtins.frozenset", tuple(self.pop_mark())))
+        members = tuple(self.pop_mark())  # before `append` is looked up: the stack changes
+        self.append(_Inert("builtins.frozenset", members))
 
 
 _Machine.dispatch.update({
@@ -572,18 +580,19 @@ _Machine.dispatch.update({
 })  # fmt: skip
 
 
+_REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (IndexError, "takes a value where there is none"),
+    (UnicodeDecodeError, "a text that is not UTF-8"),
+    (MemoryError, "needs more memory than there is"),
+    (RecursionError, "nested too deeply"),
+    (TypeError, "a call with the wrong arguments"),
+)
+
+
 def _reason(e: Exception) -> str:
     if isinstance(e, _Malformed | pickle.UnpicklingError):
         return printable(str(e)[:300])
-    if isinstance(e, IndexError):
-        return "takes a value where there is none"
-    if isinstance(e, UnicodeDecodeError):
-        return "a text that is not UTF-8"
-    if isinstance(e, MemoryError):
-        return "needs more memory than there is"
-    if isinstance(e, RecursionError):
-        return "nested too deeply"
-    return "a call with the wrong arguments" if isinstance(e, TypeError) else "a value that cannot be read"
+    return next((words for kind, words in _REASONS if isinstance(e, kind)), "a value that cannot be read")
 
 
 # ------------------------------------------------------------------------------------------------ the two containers
@@ -605,36 +614,29 @@ def _refuse_impostor(label: str, start: bytes) -> None:
         raise FormatError(label, f"{other[0]}, expected one of torch.save", other[1])
 
 
-class _File(io.RawIOBase):
-    """A source as the seekable file that zipfile asks for."""
+class _File:
+    """A source as the file that zipfile asks for."""
 
     def __init__(self, source: ByteSource) -> None:
         self._source, self._at = source, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
     def tell(self) -> int:
         return self._at
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        at = offset + (0, self._at, self._source.size)[whence]
-        if at < 0:
+        self._at = offset + (0, self._at, self._source.size)[whence]
+        if self._at < 0:
             raise OSError("before the beginning")
-        self._at = at
-        return at
+        return self._at
 
-    def readinto(self, out: Any) -> int:
-        n = min(len(out), max(self._source.size - self._at, 0))
+    def read(self, n: int = -1) -> bytes:
+        left = max(self._source.size - self._at, 0)
+        n = left if n < 0 else min(n, left)
         if n > MAX_DIRECTORY_BYTES:
             what = f"a zip archive with a directory of {n:,} bytes, expected at most {MAX_DIRECTORY_BYTES:,}"
             raise FormatError(self._source.label, what)
-        self._source.read_into(self._at, memoryview(out)[:n])
         self._at += n
-        return n
+        return read(self._source, self._at - n, n)
 
 
 def _entries(source: ByteSource) -> dict[str, ZipInfo]:
@@ -837,7 +839,7 @@ class _Flattening:
                 why = f" outside {wrapper!r}" if _is_tensor(value) else ""
                 if id(value) in holders:
                     count = sum(_is_tensor(child) for _, child in _edges(value, seen))
-                    why = f" with {count:,} tensors of its own, outside {wrapper!r}"
+                    why = f" with {count:,} tensor{'s' * (count != 1)} of its own, outside {wrapper!r}"
                 if key != wrapper:
                     self._leave(self._path(None, key), value, why)
             return weights
@@ -933,37 +935,47 @@ _GAP_BYTES = 64 << 10  # a shorter read costs more than the unwanted bytes in it
 def read_strided(source: ByteSource, info: TensorInfo, begin: int, end: int, out: memoryview) -> None:
     """Fill `out` with the row-major bytes `begin` to `end` of a tensor, both multiples of its value's size.
 
-    The range is cut into blocks, and each block along its longest stride until the stored bytes that it
-    spans are few, or mostly wanted. Takes at most 4 MiB, whatever the strides.
+    Takes at most 4 MiB, whatever the strides.
     """
     if info.strides is None or begin == end:
         source.read_into(info.start + begin, out)
         return
     import numpy as np
 
-    strides = info.strides
     size = DTYPES[info.spec.dtype].bits // 8
     values = np.frombuffer(out, f"u{size}")
     buffer = memoryview(bytearray(min(_READ_BYTES, info.stop - info.start)))
-    at = begin // size
-    while at < end // size:
-        first, shape = _block(info.spec.shape, strides, at, end // size)
-        done = at - begin // size
-        at += prod(shape)
-        todo = [(first, values[done : done + prod(shape)].reshape(shape))]
-        while todo:
-            first, into = todo.pop()
-            span = _span(into.shape, strides) * size
-            wanted = prod(n for n, step in zip(into.shape, strides, strict=True) if step) * size
-            if span <= len(buffer) and (span <= _GAP_BYTES or span <= 8 * wanted):
-                source.read_into(info.start + first * size, buffer[:span])
-                steps = [step * size for step in strides]
-                into[...] = np.ndarray(into.shape, values.dtype, buffer[:span], strides=steps)
-            else:
-                axis = max(range(into.ndim), key=lambda a: strides[a] if into.shape[a] > 1 else -1)
-                half = into.shape[axis] // 2
-                head, tail = np.split(into, [half], axis)
-                todo += [(first + half * strides[axis], tail), (first, head)]
+    done = 0
+    while done < len(values):
+        first, shape = _block(info.spec.shape, info.strides, begin // size + done, end // size)
+        block = values[done : done + prod(shape)].reshape(shape)
+        _fill(source, info.start, info.strides, first, block, buffer)
+        done += block.size
+
+
+def _fill(
+    source: ByteSource, start: int, strides: tuple[int, ...], first: int, into: NDArray[Any], buffer: memoryview
+) -> None:
+    """Read a block whose first value is number `first` of the stored ones.
+
+    The block is cut along its longest stride until the stored values that it spans are few, or mostly wanted.
+    """
+    import numpy as np
+
+    size = into.itemsize
+    span = _span(into.shape, strides) * size
+    dense = span <= 8 * size * prod(n for n, step in zip(into.shape, strides, strict=True) if step)
+    if span <= len(buffer) and (dense or span <= _GAP_BYTES):
+        source.read_into(start + first * size, buffer[:span])
+        into[...] = np.ndarray(into.shape, into.dtype, buffer[:span], strides=[step * size for step in strides])
+        return
+    axis = max(range(into.ndim), key=lambda a: strides[a] if into.shape[a] > 1 else -1)
+    n, step = into.shape[axis], strides[axis]
+    room = (len(buffer) if dense else _GAP_BYTES) - span + (n - 1) * step * size
+    count = max(1, min(n - 1, room // (step * size) + 1))
+    for i in range(0, n, count):
+        part = into[(slice(None),) * axis + (slice(i, i + count),)]
+        _fill(source, start, strides, first + i * step, part, buffer)
 
 
 def _block(shape: tuple[int, ...], strides: tuple[int, ...], at: int, end: int) -> tuple[int, tuple[int, ...]]:

@@ -25,9 +25,13 @@ Weights = Sequence[float]
 METHODS: Registry[MergeMethod] = Registry("merge method", "weightops.merging.methods")
 
 
+# Of parameters, as they stand in a signature: methods are written under `from __future__ import annotations`.
+KINDS = ("float", "int", "bool", "Weights")
+
+
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A setting of a method: `kind` is float, int, bool or Weights; `default` is None where one must be given."""
+    """A setting of a method: `kind` is one of KINDS; `default` is None where one must be given."""
 
     name: str
     kind: str
@@ -114,7 +118,9 @@ def merge_method(
         for p in inspect.signature(function).parameters.values():
             if p.kind is p.KEYWORD_ONLY:
                 default = None if p.default is p.empty else p.default
-                parameters.append(Parameter(p.name, str(p.annotation), default))
+                if p.annotation not in KINDS:
+                    raise TypeError(f"{function.__name__}, {p.name}: found {p.annotation!r}, expected {KINDS}")
+                parameters.append(Parameter(p.name, p.annotation, default))
             else:
                 models.append(f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name)
         summary = inspect.cleandoc(function.__doc__ or "").split("\n\n")[0]

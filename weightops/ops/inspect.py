@@ -15,7 +15,7 @@ from weightops.errors import UsageError, quote
 from weightops.files.checkpoint import Checkpoint, open_checkpoint
 from weightops.files.dtypes import ARITHMETIC
 from weightops.files.tensor import Slot, TensorSpec
-from weightops.naming.identify import architecture_of, components_of, kind_of
+from weightops.naming.identify import architecture_of, components_of, kind_of, spelling_of
 from weightops.plan import Block, Input, Plan, Task
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Inspection:
     path: str
     kind: str
     architecture: str | None
+    spelling: str | None
     container: str
     count: int
     parameters: int
@@ -66,6 +67,7 @@ class Inspection:
             "path": self.path,
             "kind": self.kind,
             "architecture": self.architecture,
+            "spelling": self.spelling,
             "container": self.container,
             "tensors": self.count,
             "parameters": self.parameters,
@@ -111,6 +113,7 @@ def inspect(
             path=opened.label,
             kind=kind_of(opened.tensors),
             architecture=architecture_of(opened.tensors),
+            spelling=spelling_of(opened.tensors),
             container=opened.container,
             count=len(opened.tensors),
             parameters=sum(i.spec.values for i in opened.tensors.values()),

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
 from weightops.engine.chunks import DEFAULT_MEMORY
-from weightops.engine.run import Progress, ignore, run
+from weightops.engine.run import PLACEHOLDER, Progress, ignore, run
 from weightops.errors import MismatchError, UsageError, listing, quote
-from weightops.files.checkpoint import Checkpoint, open_checkpoint
-from weightops.files.dtypes import ARITHMETIC, DTYPE_WORDS, DTYPES
+from weightops.files.checkpoint import INDEX_SUFFIX, PICKLE_SUFFIXES, Checkpoint, open_checkpoint
+from weightops.files.dtypes import ARITHMETIC, DTYPE_WORDS
+from weightops.files.header import encode_header
 from weightops.files.tensor import Slot, TensorSpec
 from weightops.merging.method import METHODS, MergeMethod
 from weightops.naming.identify import (
@@ -22,6 +23,8 @@ from weightops.naming.identify import (
     architecture_of,
     body_of,
     components_of,
+    kind_of,
+    quantised,
 )
 from weightops.ops.report import Account, Report, Unused, input_entries, peak_memory_bytes
 from weightops.ops.verify import verify
@@ -75,8 +78,8 @@ def merge(
     base: str | os.PathLike[str] | None = None,
     method: str | None = None,
     parameters: Mapping[str, Any] | None = None,
-    vae: str = "1",
-    text_encoder: str = "merge",
+    vae: str | int | os.PathLike[str] = "1",
+    text_encoder: str | int = "merge",
     dtype: str = "keep",
     drop: Sequence[str] = (),
     on_mismatch: str = "error",
@@ -100,6 +103,7 @@ def merge(
     whatever would be left out or kept unasked. memory: bytes in flight. check: read samples back and compare.
     Raises WeightopsError, whose kinds are drawn in `weightops.errors`.
     """
+    vae, text_encoder = str(vae), str(text_encoder)
     settings = _settings(
         len(models), alpha, weights, normalize, base is not None, method, parameters or {},
         vae=vae, text_encoder=text_encoder, dtype=dtype, drop=tuple(drop), on_mismatch=on_mismatch,
@@ -123,7 +127,9 @@ def merge(
             from weightops.engine.chunks import check_memory
 
             check_memory(planned.plan, memory)
-            report.bytes_written = sum(spec.nbytes for spec in planned.plan.outputs.values())
+            plan = planned.plan
+            header = encode_header(plan.outputs, plan.finished_metadata([PLACEHOLDER] * len(plan.sources)))
+            report.bytes_written = len(header) + sum(spec.nbytes for spec in plan.outputs.values())
             return report
         outcome = run(
             planned.plan, target, memory=memory, device=device, threads=threads, force=force, on_progress=on_progress
@@ -157,6 +163,8 @@ def _settings(
         raise UsageError("--base", f"{chosen.name} {need}", "--list-methods shows what each method takes")
     values = dict(parameters)
     if any(p.kind == "Weights" for p in chosen.parameters):
+        if "weights" in values:
+            raise UsageError("--set", "found weights, which are given with --weights")
         values["weights"] = _weights(count, alpha, weights, normalize and not has_base, has_base)
     elif alpha is not None or weights is not None:
         if weights is not None or all(p.name != "alpha" for p in chosen.parameters):
@@ -192,7 +200,8 @@ def _weights(
         if not normalize:
             return tuple(weights)
         total = math.fsum(weights)
-        if total == 0:
+        # 0.1, 0.2 and -0.3 sum to 3e-17: normalised, they would be weights of 3e15.
+        if abs(total) <= 1e-9 * math.fsum(map(abs, weights)):
             raise UsageError("--weights", "the weights sum to 0 and cannot be normalised", "add --no-normalize")
         return tuple(w / total for w in weights)
     if alpha is None:
@@ -208,15 +217,27 @@ def _weights(
     return (1.0 - alpha, alpha)
 
 
+def _stem(opened: Checkpoint) -> str:
+    """The name without the suffix of its kind; "sd-1.5", a folder, has none."""
+    for suffix in (".safetensors" + INDEX_SUFFIX, ".safetensors", *PICKLE_SUFFIXES):
+        if opened.name.lower().endswith(suffix) and len(opened.name) > len(suffix):
+            return opened.name[: -len(suffix)]
+    return opened.name
+
+
 def _default_name(opened: Sequence[Checkpoint], settings: Settings) -> Path:
-    stems = [Path(c.name).stem[:60] for c in opened]
+    stems = [_stem(c)[:60] for c in opened]
     last = f"-{settings.weights[-1]:g}" if settings.weights and len(stems) == 2 else ""
-    return Path("+".join(stems)[:200] + f"{last}.safetensors")
+    # File systems count bytes, and allow 255 of them.
+    short = "+".join(stems).encode(errors="surrogateescape")[:200].decode(errors="ignore")
+    return Path(f"{short}{last}.safetensors")
 
 
 def in_words(settings: Settings, opened: Sequence[Checkpoint]) -> str:
     """The formula with the files' own names: people read alpha both ways."""
-    names = [Path(c.name).stem for c in opened]
+    names = [_stem(c) for c in opened]
+    if len(set(names)) < len(names):  # x/model and y/model
+        names = [c.label for c in opened]
     if settings.weights is None:
         return f"{settings.method.name}({', '.join(names)})"
     if settings.method.name == "add_difference":
@@ -240,6 +261,23 @@ def plan_merge(opened: Sequence[Checkpoint], settings: Settings, *, vae_file: Ch
     return _Planner(opened, settings, vae_file).plan()
 
 
+# What the markers in metadata say of an ordinary model, which the others do not say at all.
+_ORDINARY = frozenset({"", "none", "false", "epsilon"})
+
+_WORDS = {"vae": "VAE", "text_encoder": "text encoder"}
+
+# Components that are no weights: an average of two noise schedules, or of two markers, is neither.
+_COPIED = frozenset({"schedule", "marker"})
+
+
+def _family(component: str) -> str:
+    return "text_encoder" if component.startswith("text_encoder") else component
+
+
+def _option(family: str) -> str:
+    return f"--{family.replace('_', '-')}"
+
+
 class _Planner:
     """The state of planning one merge: what becomes of each key of each model."""
 
@@ -258,6 +296,8 @@ class _Planner:
         self.merges: list[Task] = []
         self.counts: dict[str, dict[str, int]] = {}
         self.compute = _compute(settings)
+        self.kept: set[str] = set()
+        self.gone: set[tuple[int, str]] = set()  # of `account.unused`, by number of the model: labels may repeat
         # A file that is only a VAE, or only a text encoder, is simply merged.
         alone = len(set(self.first_components.values())) == 1
         self.chosen = {} if alone else {"vae": settings.vae}
@@ -265,18 +305,15 @@ class _Planner:
             self.chosen["text_encoder"] = settings.text_encoder
 
     def plan(self) -> Planned:
+        self._check_models()
         self._check_architectures()
         self._check_markers()
+        self._check_chosen()
         replaced = self._vae_from_file() if self.vae_file is not None else {}
         for key in sorted(self.first.tensors, key=lambda k: self.first.tensors[k][1:3]):
             self._place(key, replaced)
-        self._account_for_the_others()
-        if not self.account.used and not self.account.copied:
-            raise MismatchError(
-                self.models[-1].label,
-                f"has no tensor name in common with {self.first.label}: nothing to merge",
-                "these seem to be different architectures, or different spellings of one",
-            )
+        self._account_for_the_rest()
+        self._check_outcome()
         self._warn()
         if self.settings.strict:
             self.account.refuse_surprises("--strict")
@@ -299,19 +336,19 @@ class _Planner:
         component = self.first_components[key]
         count = self.counts.setdefault(component, {"tensors": 0, "merged": 0, "copied": 0, "dropped": 0})
         count["tensors"] += 1
-        family = "text_encoder" if component.startswith("text_encoder") else component
+        family = _family(component)
         if family in self.settings.drop:
             count["dropped"] += 1
-            self.account.unused.append(Unused(key, self.first.label, f"--drop {family}", asked=True))
+            self._leave(self.opened.index(self.first), key, f"--drop {family}", asked=True)
             return
         spec = self.first.tensors[key].spec
         chosen = self.chosen.get(family)
         if key in replaced and self.vae_file is not None:
             self._copy(key, self.vae_file, replaced[key], count)
-            self.account.unused.append(Unused(key, self.first.label, "the VAE is taken from --vae", asked=True))
+            self._leave(self.opened.index(self.first), key, "the VAE is taken from --vae", asked=True)
         elif chosen is not None and chosen.isdecimal():
             self._copy_chosen(key, int(chosen) - 1, family, count)
-        elif DTYPES[spec.dtype].kind != "float" or spec.dtype not in ARITHMETIC or component == "marker":
+        elif spec.dtype not in ARITHMETIC or component in _COPIED:
             self._keep_unmergeable(key, spec, count)
         else:
             self._merge(key, spec, count)
@@ -326,16 +363,23 @@ class _Planner:
         if key not in source.tensors:
             raise MismatchError(
                 source.label,
-                f"has no tensor {quote(key)}, so its {family.replace('_', ' ')} cannot take the place of the first's",
-                f"--{family.replace('_', '-')} 1 keeps the first model's",
+                f"has no tensor {quote(key)}, so its {_WORDS[family]} cannot take the place of the first's",
+                f"{_option(family)} 1 keeps the first model's",
             )
         self._copy(key, source, key, count)
 
     def _keep_unmergeable(self, key: str, spec: TensorSpec, count: dict[str, int]) -> None:
-        """Integers, booleans and quantised codes are copied from the first model."""
-        self._add(key, [(self.first, key)], None)
-        self.account.copied.append(key)
-        count["copied"] += 1
+        """Integers, booleans, codes, and what is no weight are copied from the first model."""
+        for other in self.opened:
+            found = other.tensors.get(key)
+            if found is None or found.spec.shape != spec.shape:
+                what = f"not in {other.label}" if found is None else self._differs(other, found.spec, spec)
+                self._keep(key, what, count)
+                return
+        self._copy(key, self.first, key, count)
+
+    def _differs(self, other: Checkpoint, found: TensorSpec, spec: TensorSpec) -> str:
+        return f"{found} in {other.label}, {spec} in {self.first.label}"
 
     def _merge(self, key: str, spec: TensorSpec, count: dict[str, int]) -> None:
         lacking = [c.label for c in self.opened if key not in c.tensors]
@@ -347,7 +391,7 @@ class _Planner:
             if found.shape == spec.shape and found.dtype in ARITHMETIC:
                 continue
             if self.settings.on_mismatch == "keep-first":
-                self._keep(key, f"{found} in {other.label}, {spec} in {self.first.label}", count)
+                self._keep(key, self._differs(other, found, spec), count)
                 return
             raise MismatchError(
                 other.label,
@@ -361,6 +405,7 @@ class _Planner:
     def _keep(self, key: str, reason: str, count: dict[str, int]) -> None:
         self._add(key, [(self.first, key)], None)
         self.account.kept.append((key, reason))
+        self.kept.add(key)
         count["copied"] += 1
 
     def _add(self, key: str, parts: list[tuple[Checkpoint, str]], compute: Compute | None) -> None:
@@ -389,7 +434,59 @@ class _Planner:
         )
         (self.copies if compute is None else self.merges).append(task)
 
+    def _leave(self, number: int, key: str, reason: str, *, asked: bool) -> None:
+        """Key of model number `number` (of `opened`) is not used, and why."""
+        self.gone.add((number, key))
+        self.account.unused.append(Unused(key, self.opened[number].label, reason, asked))
+
     # -------------------------------------------------------------- the models as wholes
+
+    def _check_models(self) -> None:
+        """Refuse what is no plain weights: their numbers can be averaged, but the average means nothing."""
+        for model in self.opened:
+            if not model.tensors:
+                raise MismatchError(model.label, "holds no tensors: nothing to merge")
+            if kind_of(model.tensors) == "lora":
+                raise MismatchError(
+                    model.label,
+                    "is a LoRA: a sum of factors is not the sum of what they do, and merge takes checkpoints",
+                )
+            key = quantised(model.tensors)
+            if key is not None:
+                raise MismatchError(
+                    model.label,
+                    f"is quantised: {quote(key)} scales weights that mean nothing without it",
+                    "merge the fp16, bf16 or fp32 release instead",
+                )
+        for other in self.opened:
+            if other.tensors.keys().isdisjoint(self.first.tensors):
+                raise MismatchError(
+                    other.label,
+                    f"has no tensor name in common with {self.first.label}: nothing to merge",
+                    "these seem to be different architectures, or different spellings of one",
+                )
+
+    def _check_chosen(self) -> None:
+        """A component that another model is to give must have its place in the first."""
+        families = {_family(component) for component in self.first_components.values()}
+        for family, chosen in self.chosen.items():
+            if chosen.isdecimal() and int(chosen) > 1 and family not in families:
+                raise MismatchError(self.first.label, f"holds no {_WORDS[family]} that {_option(family)} could replace")
+
+    def _check_outcome(self) -> None:
+        """Refuse a merge that is none."""
+        if not self.outputs:
+            raise UsageError("--drop", f"leaves nothing of {self.first.label} to write")
+        given = {i.source for t in (*self.copies, *self.merges) for i in t.inputs} & set(range(len(self.opened)))
+        if given - {self.opened.index(self.first)}:
+            return
+        other = self.models[-1] if len(self.models) > 1 else self.opened[0]
+        reasons = sorted({u.reason for u in self.account.unused if u.source == other.label})
+        raise MismatchError(
+            other.label,
+            f"nothing of it can be merged into {self.first.label}: the result would be a copy",
+            "; ".join(reasons[:3]) or None,
+        )
 
     def _check_architectures(self) -> None:
         known = {c.label: a for c in self.opened if (a := architecture_of(c.tensors)) is not None}
@@ -402,7 +499,8 @@ class _Planner:
         found = []
         for model in self.models:
             tensors = {key for key in MARKERS if key in model.tensors}
-            found.append((tensors, {k: model.metadata[k] for k in MARKER_METADATA if k in model.metadata}))
+            said = {k: model.metadata.get(k, "").lower() for k in MARKER_METADATA}
+            found.append((tensors, {k: v for k, v in said.items() if v not in _ORDINARY}))
         for other, marks in zip(self.models[1:], found[1:], strict=True):
             if marks == found[0]:
                 continue
@@ -440,49 +538,41 @@ class _Planner:
             if mine.shape != its.shape:
                 raise MismatchError(label, f"tensor {quote(other)} is {its}, but {mine} in {self.first.label}")
         used = set(replaced.values())
-        self.account.unused.extend(
-            Unused(key, label, "only the VAE is taken from --vae", asked=theirs[key] != "vae")
-            for key in self.vae_file.tensors
-            if key not in used
-        )
+        for key in self.vae_file.tensors:
+            if key not in used:
+                beside = theirs[key] != "vae"
+                reason = "only the VAE is taken from --vae" if beside else f"not in {self.first.label}"
+                self.account.unused.append(Unused(key, label, reason, asked=beside))
+        self.account.unused.extend(Unused(path, label, why, asked=True) for path, why in self.vae_file.left_out)
         return replaced
 
-    def _account_for_the_others(self) -> None:
-        """Each key of each other model: merged, or unused and why."""
-        merged = set(self.account.used)
+    def _account_for_the_rest(self) -> None:
+        """Each key of each model that is neither read nor gone yet: why it is not used."""
         read = {(i.source, i.slot.key) for t in (*self.copies, *self.merges) for i in t.inputs}
-        for number, other in enumerate(self.opened):
-            if other is self.first:
-                self.account.unused.extend(
-                    Unused(key, other.label, "taken from another model", asked=True)
-                    for key in other.tensors
-                    if (number, key) not in read and key in self.outputs and self.vae_file is None
-                )
-            else:
-                components = self.components[number]
-                for key in other.tensors:
-                    if (number, key) in read or key in merged:
-                        continue
-                    self.account.unused.append(self._why_unused(key, other, components[key]))
-            for path, reason in other.left_out:
-                self.account.unused.append(Unused(path, other.label, reason, asked=True))
+        for number, model in enumerate(self.opened):
+            for key in model.tensors:
+                if (number, key) not in read and (number, key) not in self.gone:
+                    reason, asked = self._why_unused(key, model, self.components[number][key])
+                    self._leave(number, key, reason, asked=asked)
+            for path, reason in model.left_out:
+                self.account.unused.append(Unused(path, model.label, reason, asked=True))
 
-    def _why_unused(self, key: str, other: Checkpoint, component: str) -> Unused:
-        family = "text_encoder" if component.startswith("text_encoder") else component
+    def _why_unused(self, key: str, model: Checkpoint, component: str) -> tuple[str, bool]:
+        """The reason, and whether the user's own words or plain sense ask for it."""
+        family = _family(component)
         if family in self.settings.drop:
-            return Unused(key, other.label, f"--drop {family}", asked=True)
+            return f"--drop {family}", True
+        chosen = self.chosen.get(family, "merge")
+        if chosen != "merge" and (model is self.first or key in self.first.tensors):
+            whose = f"model {chosen}" if chosen.isdecimal() else "--vae"
+            return f"the {_WORDS[family]} is taken from {whose}", True
         if key not in self.first.tensors:
-            return Unused(key, other.label, f"not in {self.first.label}", asked=False)
-        if family in self.chosen and self.chosen[family] != "merge":
-            kept = self.chosen[family]
-            what = family.replace("_", " ").replace("vae", "VAE")
-            return Unused(
-                key, other.label, f"the {what} is taken from {'model ' if kept.isdecimal() else ''}{kept}", asked=True
-            )
-        spec = self.first.tensors[key].spec
-        if spec.dtype not in ARITHMETIC:
-            return Unused(key, other.label, f"{spec.dtype} is not averaged: copied from {self.first.label}", asked=True)
-        return Unused(key, other.label, f"kept from {self.first.label}", asked=False)
+            return f"not in {self.first.label}", False
+        if key in self.kept:
+            return f"kept from {self.first.label}", False
+        if component in _COPIED:
+            return f"the {component} is copied from {self.first.label}", True
+        return f"{self.first.tensors[key].spec.dtype} is not averaged: copied from {self.first.label}", True
 
     def _warn(self) -> None:
         if self.account.kept:

@@ -82,16 +82,31 @@ def _distance(plan: Plan, task: Task, block: Block, found: memoryview) -> float:
     task.compute(inputs, [exact], block)
     if task.outputs[0].spec.dtype not in ARITHMETIC:
         return 0.0
-    return ulps(as_tensor(found, task.outputs[0].spec, rows), exact)
+    largest = torch.zeros_like(exact)
+    for given_tensor in inputs:
+        if given_tensor.shape == exact.shape:
+            largest = torch.maximum(largest, given_tensor.abs())
+    return ulps(as_tensor(found, task.outputs[0].spec, rows), exact, largest)
 
 
-def ulps(found: Tensor, exact: Tensor) -> float:
-    """The largest |found − exact| in units in the last place of `found`'s dtype, at `exact`'s magnitude."""
+def ulps(found: Tensor, exact: Tensor, operands: Tensor | None = None) -> float:
+    """The largest |found − exact| in units in the last place of `found`'s dtype, at `exact`'s magnitude.
+
+    operands: the largest |operand| of each value; where they cancel out, the unit is that of float32 arithmetic
+    on them, which is what is promised. NaN and Inf must be found where `exact`, rounded, has them.
+    """
     import torch
 
+    if not found.numel():
+        return 0.0
     info = torch.finfo(found.dtype)
+    wanted = exact.to(found.dtype).double()
+    same = (found.double() == wanted) | (found.double().isnan() & wanted.isnan())
     _, exponent = torch.frexp(exact)
-    unit = torch.exp2(exponent.double() - 1) * info.eps
-    smallest = info.smallest_normal * info.eps
-    distance = (found.double() - exact).abs() / unit.clamp_min(smallest)
-    return float(distance.nan_to_num(0.0, posinf=float("inf")).max()) if distance.numel() else 0.0
+    unit = torch.where(exact == 0, 0.0, torch.exp2(exponent.double() - 1) * info.eps)
+    unit.clamp_min_(info.smallest_normal * info.eps)
+    if operands is not None:
+        # float32 keeps 24 bits of an operand; the shorter dtypes are computed in it, in a few operations.
+        unit = torch.maximum(unit, operands * {64: 0.0, 32: 2.0**-23}.get(info.bits, 2.0**-21))
+    distance = ((found.double() - exact).abs() / unit).nan_to_num(torch.inf, posinf=torch.inf)
+    return float(torch.where(same, torch.minimum(distance, torch.ones(())), distance).max())

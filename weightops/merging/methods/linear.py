@@ -17,7 +17,8 @@ def _lerp(models: Sequence[Tensor], out: Tensor, *, weights: Weights) -> bool:
     """Two half-precision models whose weights sum to one: torch's lerp on half types works in float32 inside."""
     import torch
 
-    if len(models) != 2 or abs(sum(weights) - 1.0) > 1e-12:
+    # At 0 and 1 one model alone is the result, bit for bit; a + 0·(b − a) would lose the sign of its zeros.
+    if len(models) != 2 or abs(sum(weights) - 1.0) > 1e-12 or 0.0 in weights:
         return False
     if any(t.dtype not in (torch.float16, torch.bfloat16) or t.dtype != out.dtype for t in models):
         return False
@@ -32,8 +33,9 @@ def weighted_sum(*models: Tensor, weights: Weights) -> Tensor:
     Source: Wortsman et al. 2022, arXiv:2203.05482 (model soups). The weights are used as they are given;
     it is the command that normalises them.
     """
-    total = models[0] * weights[0]
-    for model, weight in zip(models[1:], weights[1:], strict=True):
+    first, *rest = [(m, w) for m, w in zip(models, weights, strict=True) if w] or [(models[0], 0.0)]
+    total = first[0] * first[1]
+    for model, weight in rest:
         total.add_(model, alpha=weight)
     return total
 

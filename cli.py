@@ -1,6 +1,6 @@
 """Launcher for a clone: `python cli.py merge …`."""
 
-from weightops.cli.main import run
+from weightops.cli.main import console
 
 if __name__ == "__main__":
-    run()
+    console()

@@ -21,6 +21,7 @@ import argparse
 import gzip
 import json
 import math
+import mmap
 import os
 import statistics
 import subprocess
@@ -62,10 +63,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to make the files, and keep them (default: temporary)")
     parser.add_argument("--device", default="cpu", help="with cuda: weightops on it as one more contender")
     parser.add_argument("--skip", nargs="*", default=[], help="contenders to leave out")
-    parser.add_argument("--floor", nargs=3, metavar=("A", "B", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", help=argparse.SUPPRESS)  # a contender or a helper of this file's own
     args = parser.parse_args()
-    if args.floor:
-        copy_floor(*args.floor)
+    if args.only:
+        {"floor": copy_floor, "make": make_pair, "touch": touch}[args.only[0]](*args.only[1:])
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
@@ -75,11 +76,13 @@ def main() -> None:
 
 
 def bench(model: str, folder: Path, args: argparse.Namespace) -> None:
-    a, b = make_pair(model, folder, args.scale)
+    a, b = (folder / f"{model}_{letter}_{args.scale:g}.safetensors" for letter in "ab")
+    # In a process of its own: what this one holds would count as the peak of every process that it starts.
+    helper("make", model, str(a), str(b), str(args.scale))
     out = folder / "out.safetensors"
     merge = [sys.executable, "-m", "weightops.cli", "merge", str(a), str(b), "--alpha", "0.7", "-o", str(out), "-q"]
     contenders = {
-        "floor": [sys.executable, str(HERE), "--floor", str(a), str(b), str(out)],
+        "floor": [sys.executable, str(HERE), "--only", "floor", str(a), str(b), str(out)],
         "usual": [sys.executable, "-c", USUAL, str(a), str(b), str(out)],
         "weightops": [*merge, "--device", "cpu"],
         "torch": [sys.executable, "-c", "import torch"],
@@ -97,6 +100,7 @@ def bench(model: str, folder: Path, args: argparse.Namespace) -> None:
             os.sync()  # what an earlier contender left to write is not this one's to wait for
             warm(a)
             warm(b)
+            helper("touch", str(int(args.scale * 2.5 * a.stat().st_size)))
             figures[name] = measure(command)
         rounds.append(figures)
     out.unlink(missing_ok=True)
@@ -137,6 +141,23 @@ def measure(command: list[str]) -> Figures:
     return Figures(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 2**20)
 
 
+def helper(*words: str) -> None:
+    subprocess.run([sys.executable, str(HERE), "--only", *words], check=True)
+
+
+def touch(nbytes: str) -> None:
+    """Fill and free memory, as much as is free at most.
+
+    Under a hypervisor that takes free memory back, whoever asks for it first waits for it: without this, the same
+    command took from one to four times its time.
+    """
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    with mmap.mmap(-1, max(min(int(nbytes), int(0.8 * free)), 1)) as memory:
+        part = bytes(1 << 20)
+        for _ in range(len(memory) >> 20):
+            memory.write(part)
+
+
 def warm(path: Path) -> None:
     buffer = bytearray(8 << 20)
     with path.open("rb", buffering=0) as file:
@@ -168,23 +189,21 @@ def copy_floor(a: str, b: str, out: str) -> None:
     os.fsync(target)
 
 
-def make_pair(model: str, folder: Path, scale: float) -> tuple[Path, Path]:
+def make_pair(model: str, first: str, second: str, scale: str) -> None:
     """Two fp16 checkpoints with the model's real names and, at scale 1, its real shapes; random values."""
     import numpy as np
 
     layout = json.loads(gzip.decompress(LAYOUTS[model].read_bytes()))
-    shrink = math.sqrt(scale)
+    shrink = math.sqrt(float(scale))
+    shapes = {key: [max(1, int(d * shrink)) if d >= 64 else d for d in shape] for key, (_, shape) in layout.items()}
     rng = np.random.default_rng(0)
     pool = rng.standard_normal(1 << 24, dtype=np.float32).astype(np.float16)
-    paths = []
-    for letter in "ab":
-        path = folder / f"{model}_{letter}_{scale:g}.safetensors"
-        paths.append(path)
+    for path in (Path(first), Path(second)):
         if path.exists():
             continue
-        head, position, shapes = {"__metadata__": {"format": "pt"}}, 0, {}
-        for key, (dtype, shape) in layout.items():
-            shapes[key] = [max(1, int(d * shrink)) if d >= 64 else d for d in shape]
+        head: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for key, (dtype, _) in layout.items():
             nbytes = math.prod(shapes[key]) * (8 if dtype == "I64" else 2)
             head[key] = {"dtype": dtype, "shape": shapes[key], "data_offsets": [position, position + nbytes]}
             position += nbytes
@@ -202,7 +221,6 @@ def make_pair(model: str, folder: Path, scale: float) -> tuple[Path, Path]:
                     part = pool[start : start + values]
                     file.write(part.tobytes())
                     values -= len(part)
-    return paths[0], paths[1]
 
 
 if __name__ == "__main__":

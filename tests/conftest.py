@@ -66,8 +66,11 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
 
 
 def no_workers_left() -> bool:
-    """Have all threads of the engine and the writer ended?"""
-    return not [t for t in threading.enumerate() if t.name.startswith("weightops-") and t.name != "weightops-flush"]
+    """Have all threads of the engine ended, or are they about to?"""
+    workers = [t for t in threading.enumerate() if t.name == "weightops"]
+    for worker in workers:
+        worker.join(0.5)
+    return not any(worker.is_alive() for worker in workers)
 
 
 def weightops(*arguments: object, cwd: Path, seconds: float = 60, **rest: Any) -> subprocess.CompletedProcess[str]:

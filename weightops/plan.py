@@ -86,6 +86,8 @@ class Plan:
         """The output's metadata, given the hash of each source; its length does not depend on their digits."""
         if self.recipe is None:
             return dict(self.metadata)
-        inputs = [{"name": s.name, "hash": h} for s, h in zip(self.sources, hashes, strict=True)]
+        # A file's name may be any bytes, but a header is Unicode.
+        names = [s.name.encode(errors="surrogateescape").decode(errors="replace") for s in self.sources]
+        inputs = [{"name": name, "hash": h} for name, h in zip(names, hashes, strict=True)]
         recipe = {**self.recipe, "inputs": inputs}
         return {**self.metadata, "weightops": json.dumps(recipe, sort_keys=True, ensure_ascii=False)}

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from weightops.engine.chunks import (
     BLOCK_VALUES,
     CHUNK_MAX,
+    CHUNK_MIN,
+    SHARE,
     block_rows,
     check_memory,
     chunk_cost,
@@ -84,7 +86,10 @@ def blocks_of(task: Task, memory: int) -> list[Block]:
     return [b for c in cut(plan(task), memory) for b in c.blocks()]
 
 
-@pytest.mark.parametrize("task", [copy("F16", 3000, 3000), rows("BF16", 3000, 1000), rows("F32", 9_000_001)])
+@pytest.mark.parametrize(
+    "task",
+    [copy("F16", 12, BLOCK_VALUES), rows("BF16", BLOCK_VALUES // 20, 250), rows("F32", 12 * BLOCK_VALUES + 1)],
+)
 def test_blocks_do_not_depend_on_memory(task: Task) -> None:
     few, more, most = (blocks_of(task, memory * MIB) for memory in (64, 256, 2048))
     assert len(few) > 10
@@ -92,17 +97,20 @@ def test_blocks_do_not_depend_on_memory(task: Task) -> None:
 
 
 def test_more_memory_makes_larger_chunks_up_to_a_limit() -> None:
-    task = copy("F16", 100 << 20)
-    counts = [len(list(cut(plan(task), memory * MIB))) for memory in (64, 256, 2048, 8192)]
-    assert counts == [200, 50, 25, 25]
-    assert max(c.cost for c in cut(plan(task), 8192 * MIB)) == CHUNK_MAX
+    task = copy("U8", 240 * BLOCK_VALUES)
+    budgets = [BLOCK_VALUES * SHARE * n for n in (2, 4, 8)]
+    assert CHUNK_MIN <= 2 * BLOCK_VALUES < 8 * BLOCK_VALUES <= CHUNK_MAX
+    assert [len(list(cut(plan(task), budget))) for budget in budgets] == [120, 60, 30]
+    largest = CHUNK_MAX - CHUNK_MAX % BLOCK_VALUES
+    for budget in (2048 * MIB, 8192 * MIB):
+        assert max(c.cost for c in cut(plan(task), budget)) == largest
 
 
 def test_a_copy_and_an_elementwise_task_have_the_same_blocks() -> None:
     for dtype in ("F64", "F32", "F16", "F8_E4M3"):
         size = DTYPES[dtype].bits // 8
-        flat = rows(dtype, 1000 * 1000)
-        copied = [(b.number, b.start // size, b.stop // size) for b in blocks_of(copy(dtype, 1000, 1000), 64 * MIB)]
+        flat = rows(dtype, 3000 * 1000)
+        copied = [(b.number, b.start // size, b.stop // size) for b in blocks_of(copy(dtype, 3000, 1000), 64 * MIB)]
         assert copied == [tuple(b) for b in blocks_of(flat, 64 * MIB)]
 
 
@@ -113,7 +121,7 @@ def test_blocks_of_a_copy_fill_whole_bytes(dtype: str) -> None:
 
 
 def test_a_row_wider_than_a_block_is_a_block() -> None:
-    task = rows("F16", 7, 300_000)
+    task = rows("F16", 7, BLOCK_VALUES + 1)
     assert block_rows(task) == 1
     assert len(blocks_of(task, 64 * MIB)) == 7
 
@@ -172,10 +180,10 @@ def test_a_scalar_is_one_row() -> None:
 @pytest.mark.parametrize(
     ("task", "needed"),
     [
-        (copy("F64", 5000, 5000), 2 * MIB),
+        (copy("F64", 5000, 5000), 8 * BLOCK_VALUES),
         (copy("F64", 10), 80),
-        (rows("F16", 5000, 5000), 3 * 52 * 5000 * 2),
-        (rows("F16", 5_000_000, work=32), 3 * MIB // 2 + 8 * MIB),
+        (rows("F16", 5000, 5000), 3 * (BLOCK_VALUES // 5000) * 5000 * 2),
+        (rows("F16", 5_000_000, work=32), (3 * 2 + 32) * BLOCK_VALUES),
         (rows("F32", 2000, 2000, grain=Grain.TENSOR), 48_000_000),
     ],
 )

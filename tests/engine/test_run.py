@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import mmap
 import random
 import re
@@ -15,8 +17,8 @@ import torch
 from conftest import no_workers_left, save, save_raw
 from safetensors.torch import load_file
 
+from weightops.engine import chunks
 from weightops.engine import run as engine
-from weightops.engine.chunks import BLOCK_VALUES, smallest_memory
 from weightops.engine.run import Outcome, run
 from weightops.errors import MemoryRefused, OutputError, UsageError, ValueRefused
 from weightops.files.checkpoint import Checkpoint, open_checkpoint
@@ -34,7 +36,18 @@ if TYPE_CHECKING:
     Tensors = Sequence[Tensor]
 
 MIB = 1 << 20
+BLOCK = 256 * 1024
+WIDE = (22, BLOCK - 19)  # its values fill 22 blocks, the last one not quite
 MEMORIES = (64 * MIB, 256 * MIB, 2048 * MIB)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested holds for any of these numbers, which are a matter of speed; with small ones, files are small."""
+    monkeypatch.setattr(chunks, "BLOCK_VALUES", BLOCK)
+    monkeypatch.setattr(chunks, "CHUNK_MIN", 1 << 20)
+    monkeypatch.setattr(chunks, "CHUNK_MAX", 8 << 20)
+    monkeypatch.setattr(chunks, "SHARE", 64)
 
 
 def half(inputs: Tensors, outputs: Tensors, _block: Block) -> None:
@@ -61,15 +74,17 @@ def copies(opened: Checkpoint) -> Plan:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two models of 17 MiB: half precision to be averaged, codes to be copied, and odd ends."""
+    """Two models of some 30 MiB: half precision to be averaged, codes to be copied, and odd ends."""
     folder = tmp_path_factory.mktemp("pair")
     files = []
     for seed, name in enumerate(("a", "b")):
         tensors = {
-            "wide": randn(seed, 5_500_000, dtype=torch.float16).reshape(1100, 5000),
+            "wide": randn(seed, *WIDE, dtype=torch.float16),
             "bias": randn(seed, 7, dtype=torch.float16),
             "scale": torch.tensor(seed + 1.5, dtype=torch.float16),
-            "codes": torch.randint(0, 255, (6 * MIB,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)),
+            "codes": torch.randint(
+                0, 255, (6 * MIB,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+            ),
         }
         files.append(save(folder / f"{name}.safetensors", tensors, {"format": "pt"}))
     return files[0], files[1]
@@ -90,9 +105,7 @@ def averaged(opened: list[Checkpoint]) -> Plan:
         if info.spec.dtype == "U8":
             tasks.append(Task(key, (Input(0, opened[0].slot(key)),), (opened[0].slot(key),)))
         else:
-            tasks.append(
-                Task(key, (flat(0, key, opened), flat(1, key, opened)), (Slot(key, info.spec.flat()),), half)
-            )
+            tasks.append(Task(key, (flat(0, key, opened), flat(1, key, opened)), (Slot(key, info.spec.flat()),), half))
     outputs = {k: i.spec for k, i in opened[0].tensors.items()}
     return Plan(tuple(opened), outputs, tuple(tasks), {"format": "pt"}, {"command": "test"})
 
@@ -131,14 +144,16 @@ def test_bytes_of_a_merge_do_not_depend_on_memory_or_threads(pair: tuple[Path, P
     merged, a, b = load_file(output), *map(load_file, pair)
     for key in ("wide", "bias", "scale"):
         exact = 0.7 * a[key].double() + 0.3 * b[key].double()
-        # at most half a unit in the last place of the result, and what float32 adds to it
-        assert ((merged[key].double() - exact).abs() <= 1.002 * 2**-11 * exact.abs().clamp_min(2**-14)).all()
+        # Half a unit in the last place of the result, and what float32 adds to it when the two nearly cancel.
+        allowed = 2**-11 * exact.abs().clamp_min(2**-14) + 2**-22 * torch.maximum(a[key].abs(), b[key].abs()).double()
+        assert ((merged[key].double() - exact).abs() <= allowed).all()
     assert merged["codes"].equal(a["codes"])
 
 
 def test_a_matrix_product_does_not_depend_on_memory_or_threads(tmp_path: Path) -> None:
     """The height of a product's bands decides its rounding, so it must come from the shape alone."""
-    tensors = {"w": randn(0, 3000, 320), "up": randn(1, 3000, 24), "down": randn(2, 24, 320)}
+    out, rank, width = 2500, 24, 2 * BLOCK // 999  # six blocks
+    tensors = {"w": randn(0, out, width), "up": randn(1, out, rank), "down": randn(2, rank, width)}
     path = save(tmp_path / "a.safetensors", tensors)
 
     def fuse(inputs: Tensors, outputs: Tensors, _block: Block) -> None:
@@ -161,7 +176,7 @@ def test_a_matrix_product_does_not_depend_on_memory_or_threads(tmp_path: Path) -
                 assert outcome.bytes_read >= sum(s.spec.nbytes for s in slots.values())
                 # What each chunk reads again is no progress.
                 assert progress[-1][0] == progress[-1][1] == sum(s.spec.nbytes for s in slots.values())
-    assert max(chunks) >= 4 > min(chunks)
+    assert max(chunks) >= 5 > min(chunks)
     assert len(written) == 1
     found = load_file(output)["w"].double()
     exact = torch.addmm(tensors["w"].double(), tensors["up"].double(), tensors["down"].double(), alpha=0.5)
@@ -203,7 +218,7 @@ class _Counted(mmap.mmap):
 
 
 @pytest.mark.parametrize("threads", [1, 4, 40])
-@pytest.mark.parametrize("memory", [9, 24, 64])
+@pytest.mark.parametrize("memory", [12, 30, 80])
 def test_buffers_never_take_more_than_the_budget(
     opened: list[Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, threads: int
 ) -> None:
@@ -224,17 +239,18 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_made(
 ) -> None:
     plan = averaged(opened)
     plan = replace(plan, tasks=tuple(replace(t, work_nbytes=32 if t.compute else 0) for t in plan.tasks))
+    needed = (3 * 2 + 32) * BLOCK
     with pytest.raises(MemoryRefused) as caught:
         run(plan, tmp_path / "out", memory=2 * MIB)
-    assert str(caught.value) == "--memory: 2,097,152 bytes are too few: 'wide' alone takes 9,961,472"
-    assert caught.value.hint == "--memory 10MiB would do"
+    assert str(caught.value) == f"--memory: 2,097,152 bytes are too few: 'wide' alone takes {needed:,}"
+    assert caught.value.hint == f"--memory {-(-needed // MIB)}MiB would do"
     assert list(tmp_path.iterdir()) == []
     found = re.search(r"(\d+)MiB", caught.value.hint)
     assert found is not None
     outcome = run(plan, tmp_path / "out", memory=int(found.group(1)) * MIB)
-    exact = run(plan, tmp_path / "exact", memory=smallest_memory(plan)[0])
-    assert outcome.peak_in_flight <= 10 * MIB
-    assert exact.peak_in_flight == smallest_memory(plan)[0]
+    exact = run(plan, tmp_path / "exact", memory=needed)
+    assert needed <= outcome.peak_in_flight <= int(found.group(1)) * MIB
+    assert exact.peak_in_flight == needed
     assert digest(tmp_path / "out") == digest(tmp_path / "exact")
 
 
@@ -267,7 +283,12 @@ def test_copies_of_every_dtype_are_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_scalars_and_empty_tensors_are_computed_like_any_other(tmp_path: Path) -> None:
-    tensors = {"scalar": torch.tensor(3.0), "one": torch.tensor([5.0]), "none": torch.zeros(0, 4), "flat": torch.zeros(4, 0)}
+    tensors = {
+        "scalar": torch.tensor(3.0),
+        "one": torch.tensor([5.0]),
+        "none": torch.zeros(0, 4),
+        "flat": torch.zeros(4, 0),
+    }
     path = save(tmp_path / "a.safetensors", tensors)
 
     def twice(inputs: Tensors, outputs: Tensors, _block: Block) -> None:
@@ -294,9 +315,10 @@ def test_a_plan_of_no_tensors_gives_a_file_of_none(tmp_path: Path) -> None:
 
 
 def test_several_tasks_fill_bands_of_one_tensor(tmp_path: Path) -> None:
-    parts = {name: randn(n, 1000, 300) for n, name in enumerate(("q", "k", "v"))}
+    width = 2 * BLOCK // 999
+    parts = {name: randn(n, 1000, width) for n, name in enumerate(("q", "k", "v"))}
     path = save(tmp_path / "a.safetensors", parts)
-    spec = TensorSpec("F32", (3000, 300))
+    spec = TensorSpec("F32", (3000, width))
 
     def negate(inputs: Tensors, outputs: Tensors, _block: Block) -> None:
         torch.neg(inputs[0], out=outputs[0])
@@ -306,7 +328,7 @@ def test_several_tasks_fill_bands_of_one_tensor(tmp_path: Path) -> None:
         for n, name in enumerate(parts):
             band = Slot("qkv", spec.with_rows(1000), ((1000 * n, 1000 * n + 1000),))
             tasks.append(Task(name, (Input(0, source.slot(name)),), (band,), None if name == "k" else negate))
-        for memory in (2 * MIB, 64 * MIB):
+        for memory in (9 * BLOCK, 64 * MIB):
             run(Plan((source,), {"qkv": spec}, tuple(tasks)), tmp_path / "out", memory=memory, force=True)
             found = load_file(tmp_path / "out")["qkv"]
             assert found.equal(torch.cat([-parts["q"], parts["k"], -parts["v"]]))
@@ -314,7 +336,7 @@ def test_several_tasks_fill_bands_of_one_tensor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("copied", [True, False])
 def test_bands_of_a_slot_are_read_and_written_in_their_order(tmp_path: Path, copied: bool) -> None:
-    whole = randn(0, 3001, 300)
+    whole = randn(0, 3001, BLOCK // 900)
     path = save(tmp_path / "a.safetensors", {"w": whole})
 
     def same(inputs: Tensors, outputs: Tensors, _block: Block) -> None:
@@ -331,7 +353,7 @@ def test_bands_of_a_slot_are_read_and_written_in_their_order(tmp_path: Path, cop
             Task("back", (Input(0, swapped),), (Slot("back", spec, ((1500, 3001), (0, 1500))),), compute),
         )
         outputs = {"swapped": spec, "picked": picked.spec, "back": spec}
-        outcome = run(Plan((source,), outputs, tasks), tmp_path / "out", memory=3 * MIB)
+        outcome = run(Plan((source,), outputs, tasks), tmp_path / "out", memory=9 * BLOCK)
     assert outcome.chunks > 9
     found = load_file(tmp_path / "out")
     assert found["swapped"].equal(torch.cat([whole[1500:], whole[:1500]]))
@@ -356,8 +378,8 @@ def test_a_task_may_fill_several_tensors_of_different_dtypes(tmp_path: Path) -> 
     }
     with open_checkpoint(path) as source:
         task = Task("w", (Input(0, source.slot("w")),), tuple(Slot(k, s) for k, s in outputs.items()), split)
-        outcome = run(Plan((source,), outputs, (task,)), tmp_path / "out", memory=2 * MIB + MIB // 2)
-    assert outcome.chunks >= 3
+        outcome = run(Plan((source,), outputs, (task,)), tmp_path / "out", memory=9 * BLOCK)
+    assert outcome.chunks >= 2
     found = load_file(tmp_path / "out")
     assert found["high"].equal(values.bfloat16())
     assert found["low"].equal((values - values.bfloat16().float()).half())
@@ -397,9 +419,7 @@ def test_whole_tensors_are_seen_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_a_scan_returns_the_values_of_all_blocks_in_order(
-    opened: list[Checkpoint], memory: int, threads: int
-) -> None:
+def test_a_scan_returns_the_values_of_all_blocks_in_order(opened: list[Checkpoint], memory: int, threads: int) -> None:
     def look(inputs: Tensors, outputs: Tensors, block: Block) -> tuple[Block, float] | None:
         assert not outputs
         return (block, float(inputs[0].double().sum()))
@@ -413,8 +433,8 @@ def test_a_scan_returns_the_values_of_all_blocks_in_order(
         Task("scale", (Input(1, opened[1].slot("scale")),), (), look),
     )
     outcome = run(Plan(tuple(opened), {}, tasks), None, memory=memory, threads=threads)
-    count = -(-5_500_000 // BLOCK_VALUES)
-    blocks = [Block(n, n * BLOCK_VALUES, min((n + 1) * BLOCK_VALUES, 5_500_000)) for n in range(count)]
+    values = math.prod(WIDE)
+    blocks = [Block(n, n * BLOCK, min((n + 1) * BLOCK, values)) for n in range(22)]
     wide = load_file(opened[0].label)["wide"].flatten()
     assert outcome.values == {
         0: [(b, float(wide[b.start : b.stop].double().sum())) for b in blocks],
@@ -430,7 +450,7 @@ def test_a_scan_of_shared_inputs_alone_is_called_once(opened: list[Checkpoint]) 
 
     task = Task("wide", (Input(0, opened[0].slot("wide"), shared=True),), (), look)
     outcome = run(Plan((opened[0],), {}, (task,)), None, memory=64 * MIB)
-    assert outcome.values == {0: [(Block(0, 0, 1), 5_500_000)]}
+    assert outcome.values == {0: [(Block(0, 0, 1), math.prod(WIDE))]}
 
 
 # ------------------------------------------------------------------------------------------------ hashes
@@ -440,15 +460,15 @@ def test_the_hash_is_of_what_was_read_and_made_as_it_is_written_down(tmp_path: P
     """XXH3-128 over (key, position, XXH3-128 of each block): another program must be able to check it."""
     import xxhash
 
-    data = {"b": random.Random(0).randbytes(5 * MIB), "a": b"xyz", "ä": b""}
+    data = {"b": random.Random(0).randbytes(5 * BLOCK + 3), "a": b"xyz", "ä": b""}
     path = save_raw(tmp_path / "in", {k: ("U8", [len(d)], d) for k, d in data.items()})
     with open_checkpoint(path) as source:
         outcome = run(copies(source), tmp_path / "out", memory=MIB)
     total = xxhash.xxh3_128()
     for key in ("a", "b"):
-        for position in range(0, len(data[key]), 256 * 1024):
+        for position in range(0, len(data[key]), BLOCK):
             total.update(f"{key}\0{position}\0".encode())
-            total.update(xxhash.xxh3_128_digest(data[key][position : position + 256 * 1024]))
+            total.update(xxhash.xxh3_128_digest(data[key][position : position + BLOCK]))
     assert outcome.hashes == [f"xxh3_128:{total.hexdigest()}"]
 
 
@@ -456,7 +476,9 @@ def test_the_hash_is_the_same_whether_a_tensor_is_copied_scanned_or_computed_wit
     opened: list[Checkpoint], tmp_path: Path
 ) -> None:
     both = [replace(averaged(opened), sources=(opened[0], opened[n])) for n in (0, 1)]
-    first = replace(both[0], tasks=tuple(replace(t, inputs=tuple(replace(i, source=0) for i in t.inputs)) for t in both[0].tasks))  # noqa: E501
+    first = replace(
+        both[0], tasks=tuple(replace(t, inputs=tuple(replace(i, source=0) for i in t.inputs)) for t in both[0].tasks)
+    )
     computed = run(first, tmp_path / "out", memory=64 * MIB)
     copied = run(copies(opened[0]), tmp_path / "copy", memory=256 * MIB)
     scan = tuple(Task(k, (flat(0, k, opened),), (), lambda *_: 1) for k in opened[0].tensors)
@@ -490,7 +512,7 @@ def test_the_hash_tells_which_tensor_holds_which_bytes(tmp_path: Path) -> None:
 
 def test_the_hash_of_a_tensor_that_is_read_twice_does_not_depend_on_who_reads_last(tmp_path: Path) -> None:
     """As a copy and by rows of the matrix, its blocks begin at the same place and end at different ones."""
-    path = save(tmp_path / "a.safetensors", {"w": randn(0, 1000, 900)})
+    path = save(tmp_path / "a.safetensors", {"w": randn(0, 1000, 2 * BLOCK // 999)})
 
     def same(inputs: Tensors, outputs: Tensors, _block: Block) -> None:
         outputs[0].copy_(inputs[0])
@@ -510,8 +532,6 @@ def test_the_hash_of_a_tensor_that_is_read_twice_does_not_depend_on_who_reads_la
 
 
 def test_the_recipe_tells_the_names_and_hashes_of_the_sources(opened: list[Checkpoint], tmp_path: Path) -> None:
-    import json
-
     outcome = run(averaged(opened), tmp_path / "out", memory=64 * MIB)
     with open_checkpoint(tmp_path / "out") as result:
         recipe = json.loads(result.metadata["weightops"])
@@ -540,7 +560,14 @@ def test_what_is_not_finite_is_refused_by_name(tmp_path: Path, bad: float) -> No
             replace(plan, refuse_nonfinite=True),
             replace(
                 plan,
-                tasks=(Task("odd\n", (flat(0, "odd\n", [source]),) * 2, (Slot("odd\n", source.tensors["odd\n"].spec.flat()),), half),),  # noqa: E501
+                tasks=(
+                    Task(
+                        "odd\n",
+                        (flat(0, "odd\n", [source]),) * 2,
+                        (Slot("odd\n", source.tensors["odd\n"].spec.flat()),),
+                        half,
+                    ),
+                ),
                 refuse_nonfinite=True,
             ),
         ):
@@ -610,7 +637,7 @@ def test_progress_grows_to_the_whole_and_comes_from_the_callers_thread(
     for _ in range(5):
         seen.clear()
         outcome: Outcome = run(averaged(opened), tmp_path / "out", memory=64 * MIB, on_progress=show, force=True)
-        total = 2 * 5_500_008 * 2 + 6 * MIB
+        total = 2 * 2 * (math.prod(WIDE) + 8) + 6 * MIB
         assert seen == sorted(set(seen))
         assert seen[-1] == (total, total)
         assert outcome.bytes_read == total

@@ -1,5 +1,5 @@
 """`python -m weightops.cli`: the command line of whichever Python runs it."""
 
-from weightops.cli.main import run
+from weightops.cli.main import console
 
-run()
+console()

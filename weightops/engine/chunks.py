@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
     from weightops.files.tensor import Slot
 
-# Two inputs and an output of a block in half precision fill 1.5 MiB: they stay in the second-level cache
-# from the read to the write. Chunks of 8 MiB and more measured two to three times slower.
-BLOCK_VALUES = 256 * 1024
+# Two inputs and an output of a block in half precision fill 6 MiB: they stay in the cache from the read to the
+# write. Larger blocks measured slower, smaller ones too: threads then spend their time passing Python's lock.
+BLOCK_VALUES = 1024 * 1024
 CHUNK_MIN = 1 << 20
-CHUNK_MAX = 8 << 20
-SHARE = 64  # of the budget, for one chunk: enough chunks in flight to keep disks and cores busy
+CHUNK_MAX = 12 << 20
+SHARE = 24  # of the budget, for one chunk: enough chunks in flight to keep disks and cores busy
 
 DEFAULT_MEMORY = 128 << 20
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 # dtype -> (width in bytes, the least bits of a positive value that is not finite): Inf, and above it every NaN.
 _LIMITS: Mapping[str, tuple[int, int]] = {

@@ -8,31 +8,37 @@ thread to a compute thread to a writer thread. One feeder (whoever holds its loc
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from weightops.engine.budget import Budget, Cancelled
-from weightops.engine.chunks import CHUNK_MIN, SHARE, Chunk, check_memory, cut
+from weightops.engine.chunks import Chunk, check_memory, chunk_target, cut, slot_span, smallest_memory
 from weightops.engine.finite import first_nonfinite
 from weightops.errors import ValueRefused, quote
 from weightops.files.writer import SafetensorsWriter
+from weightops.plan import Block
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from weightops.engine.tensors import Lane
-    from weightops.plan import Input, Plan
+    from weightops.files.tensor import Slot
+    from weightops.plan import Plan
 
 EXTRA_WORKERS = 2  # where workers wait for something other than the processor
 LOOK_AHEAD = 16  # chunks whose bytes the operating system is asked to fetch before they are read
 
 Progress = Callable[[int, int], None]
+
+# (key, bands, start, stop) of what was read of a tensor -> the hash of these bytes. Both ends, for two tasks may
+# read one tensor in blocks of different heights.
+Leaves = dict[tuple[str, tuple[tuple[int, int], ...], int, int], bytes]
 
 
 def ignore(done: int, total: int) -> None:
@@ -111,18 +117,28 @@ class _Run:
         self.writer = writer
         self.device = device
         self.threads = threads
-        self.budget = Budget(memory)
-        self.keep = max(memory // SHARE, CHUNK_MIN)
+        # More workers than chunks that fit into the memory would only hold buffers.
+        most = max(1, memory // (2 * chunk_target(memory)))
+        self.workers = min(threads, most)
+        self.extra = min(threads + EXTRA_WORKERS, most) - self.workers
+        # What workers keep from one chunk to the next is set aside; without room for that, they keep nothing.
+        self.keep = memory // (4 * (self.workers + self.extra))
+        kept = self.keep * (self.workers + self.extra)
+        if smallest_memory(plan)[0] > memory - kept:
+            self.keep = kept = 0
+        self.budget = Budget(memory - kept)
         self.total = sum(i.slot.spec.nbytes for t in plan.tasks for i in t.inputs)
         self.done = 0
+        self.bytes_read = 0
         self.chunks = 0
         self.error: BaseException | None = None
-        self.leaves: list[dict[tuple[str, Any, int], bytes]] = [{} for _ in plan.sources]
+        self.leaves: list[Leaves] = [{} for _ in plan.sources]
         self.values: dict[int, dict[int, Any]] = {}
-        self._threads: list[threading.Thread] = []
+        self._running = 0
+        self._ended = threading.Condition()
         self._feed = threading.Lock()
-        self._chunks = self._looking_ahead(cut(plan, memory))
-        self._state = threading.Condition()
+        self._chunks = self._looking_ahead(cut(plan, self.budget.total))
+        self._state = threading.Lock()
         self._computing = threading.Semaphore(threads)
         self._torch_ready = threading.Event()
 
@@ -130,72 +146,98 @@ class _Run:
 
     def go(self, on_progress: Progress) -> Outcome:
         compute = any(task.compute is not None for task in self.plan.tasks)
-        # Where the system fetches ahead, a worker hardly waits, and more of them would only take turns.
-        fetched = all(source.fetches_ahead for source in self.plan.sources)
-        self._start(self.threads + (0 if fetched else EXTRA_WORKERS))
-        if compute:
-            loader = threading.Thread(target=self._import_torch, name="weightops-torch", daemon=True)
-            self._threads.append(loader)
-            loader.start()
+        shown = -1
         try:
-            shown = -1
-            while any(thread.is_alive() for thread in list(self._threads)):
-                with self._state:
-                    self._state.wait(0.05)
+            if compute:
+                self._start(1, self._import_torch)
+            self._start(self.workers, self._work)
+            # Where the system fetches ahead, a worker hardly waits, and more of them would only take turns.
+            if not all(source.fetches_ahead for source in self.plan.sources):
+                self._start_extra()
+            while not self._all_ended(0.05):
                 if self.done != shown:
                     shown = self.done
                     on_progress(shown, self.total)
         except BaseException as e:
             self._fail(e)
-        for thread in self._threads:
-            thread.join()
+            self._all_ended(None)
         if self.error is not None:
             raise self.error
+        if self.done != shown:
+            on_progress(self.done, self.total)
         return Outcome(
-            bytes_read=self.done,
+            bytes_read=self.bytes_read,
             chunks=self.chunks,
             peak_in_flight=self.budget.peak,
             hashes=[_hash_of(leaves) for leaves in self.leaves],
             values={n: [found[i] for i in sorted(found)] for n, found in self.values.items()},
         )
 
-    def _start(self, workers: int) -> None:
-        for _ in range(workers):
-            thread = threading.Thread(target=self._work, name=f"weightops-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+    def _start(self, count: int, target: Callable[[], None]) -> None:
+        for _ in range(count):
+            with self._ended:
+                self._running += 1
+            try:
+                threading.Thread(target=self._run, args=(target,), name="weightops", daemon=True).start()
+            except RuntimeError:  # the system has no thread to give
+                self._end()
+                raise
+
+    def _start_extra(self) -> None:
+        count, self.extra = self.extra, 0
+        self._start(count, self._work)
+
+    def _run(self, target: Callable[[], None]) -> None:
+        try:
+            target()
+        except BaseException as e:
+            self._fail(e)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        with self._ended:
+            self._running -= 1
+            self._ended.notify_all()
+
+    def _all_ended(self, seconds: float | None) -> bool:
+        # Counted rather than joined: a join that Ctrl-C breaks into takes the thread for ended (CPython issue 90882).
+        with self._ended:
+            return self._ended.wait_for(lambda: self._running == 0, seconds)
 
     def _fail(self, error: BaseException) -> None:
         with self._state:
             if self.error is None:
                 self.error = error
-            self._state.notify_all()
         self.budget.cancel()
         self._torch_ready.set()
 
     def _import_torch(self) -> None:
-        try:
-            from weightops.engine.tensors import resolve_device, set_cpu_threads
+        from weightops.engine.tensors import resolve_device, set_cpu_threads
 
-            self.device = resolve_device(self.device)
-            set_cpu_threads()
-            if self.device != "cpu":
-                self._start(EXTRA_WORKERS)  # some copy to and from the device while others read and write
-            self._torch_ready.set()
-        except BaseException as e:
-            self._fail(e)
+        self.device = resolve_device(self.device)
+        set_cpu_threads()
+        if self.device != "cpu":
+            self._start_extra()  # some copy to and from the device while others read and write
+        self._torch_ready.set()
 
     # ------------------------------------------------------------------ the workers' threads
 
     def _looking_ahead(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        ahead: deque[Chunk] = deque()
-        for chunk in chunks:
-            for entry in chunk.task.inputs:
-                self.plan.sources[entry.source].will_need(entry.slot, *_span(chunk, entry))
-            ahead.append(chunk)
-            if len(ahead) > LOOK_AHEAD:
-                yield ahead.popleft()
-        yield from ahead
+        """The chunks as they come, the bytes of those that follow announced a batch at a time."""
+        ready: list[Chunk] = []
+        while True:
+            ahead = list(itertools.islice(chunks, LOOK_AHEAD))
+            wanted: dict[int, list[tuple[Slot, int, int]]] = {}
+            for chunk in ahead:
+                for entry in chunk.task.inputs:
+                    wanted.setdefault(entry.source, []).append((entry.slot, *_span(chunk, entry.slot, entry.shared)))
+            for number, spans in wanted.items():
+                self.plan.sources[number].will_need(spans)
+            yield from ready
+            if not ahead:
+                return
+            ready = ahead
 
     def _next(self) -> Chunk | None:
         with self._feed:
@@ -212,16 +254,12 @@ class _Run:
                 try:
                     self._chunk(chunk, buffers)
                 finally:
-                    buffers.drop_over(self.keep)
+                    buffers.trim(self.keep)
                     self.budget.give(chunk.cost)
         except Cancelled:
             pass
-        except BaseException as e:
-            self._fail(e)
         finally:
-            buffers.drop_over(-1)
-            with self._state:
-                self._state.notify_all()
+            buffers.trim(0)
 
     def _chunk(self, chunk: Chunk, buffers: _Buffers) -> None:
         task = chunk.task
@@ -231,36 +269,36 @@ class _Run:
         if compute and self._torch_ready.is_set():
             buffers.attach(self.device)
         inputs = []
-        nbytes = 0
+        nbytes = again = 0
         for number, entry in enumerate(task.inputs):
-            start, stop = _span(chunk, entry)
+            start, stop = _span(chunk, entry.slot, entry.shared)
             buffer = buffers.get(("in", number), stop - start)
             self.plan.sources[entry.source].read_bytes(entry.slot, start, stop, buffer)
             inputs.append(buffer)
             nbytes += stop - start
+            again += stop - start if entry.shared and chunk.start else 0
         with self._computing:
             self._hash(chunk, inputs)
+        if compute:
+            self._torch_ready.wait()
+            if self.budget.cancelled:
+                raise Cancelled
+        spans = [_span(chunk, slot) for slot in task.outputs]
+        with self._computing:
             if compute:
-                self._torch_ready.wait()
-                if self.budget.cancelled:
-                    raise Cancelled
                 lane = buffers.attach(self.device)
-                rows = chunk.stop - chunk.start
-                outputs = [
-                    buffers.get(("out", number), rows * slot.spec.row_nbytes)
-                    for number, slot in enumerate(task.outputs)
-                ]
+                outputs = [buffers.get(("out", n), stop - start) for n, (start, stop) in enumerate(spans)]
                 self._collect(chunk, lane.compute(chunk, inputs, outputs))
             else:
-                outputs = inputs[: len(task.outputs)]
+                outputs = inputs
             if self.plan.refuse_nonfinite:
                 self._check_finite(chunk, inputs, outputs)
         if self.writer is not None:
-            for slot, buffer in zip(task.outputs, outputs, strict=True):
-                row = slot.spec.row_nbytes if compute else 1
-                self.writer.write_bytes(slot, chunk.start * row, chunk.stop * row, buffer)
+            for slot, (start, stop), buffer in zip(task.outputs, spans, outputs, strict=True):
+                self.writer.write_bytes(slot, start, stop, buffer)
         with self._state:
-            self.done += nbytes
+            self.done += nbytes - again
+            self.bytes_read += nbytes
             self.chunks += 1
 
     def _collect(self, chunk: Chunk, values: list[Any]) -> None:
@@ -275,14 +313,13 @@ class _Run:
 
         for entry, buffer in zip(chunk.task.inputs, inputs, strict=True):
             leaves = self.leaves[entry.source]
-            if entry.shared:
-                if chunk.start == 0:
-                    leaves[entry.slot.key, entry.slot.bands, 0] = xxhash.xxh3_128_digest(buffer)
+            if entry.shared and chunk.start:
                 continue
-            row = 1 if chunk.task.compute is None else entry.slot.spec.row_nbytes
-            for block in chunk.blocks():
-                part = buffer[(block.start - chunk.start) * row : (block.stop - chunk.start) * row]
-                leaves[entry.slot.key, entry.slot.bands, block.start * row] = xxhash.xxh3_128_digest(part)
+            begin, _ = _span(chunk, entry.slot, entry.shared)
+            for block in chunk.blocks() if not entry.shared else [Block(0, 0, 0)]:
+                start, stop = slot_span(chunk.task, entry.slot, block.start, block.stop, shared=entry.shared)
+                part = buffer[start - begin : stop - begin]
+                leaves[entry.slot.key, entry.slot.bands or (), start, stop] = xxhash.xxh3_128_digest(part)
 
     def _check_finite(self, chunk: Chunk, inputs: list[memoryview], outputs: list[memoryview]) -> None:
         for slot, buffer in zip(chunk.task.outputs, outputs, strict=True):
@@ -302,15 +339,12 @@ class _Run:
             )
 
 
-def _span(chunk: Chunk, entry: Input) -> tuple[int, int]:
-    """The bytes of the slot that the chunk reads."""
-    if entry.shared:
-        return 0, entry.slot.spec.nbytes
-    row = 1 if chunk.task.compute is None else entry.slot.spec.row_nbytes
-    return chunk.start * row, chunk.stop * row
+def _span(chunk: Chunk, slot: Slot, shared: bool = False) -> tuple[int, int]:
+    """The bytes of the slot that the chunk reads or fills."""
+    return slot_span(chunk.task, slot, chunk.start, chunk.stop, shared=shared)
 
 
-def _hash_of(leaves: dict[tuple[str, Any, int], bytes]) -> str:
+def _hash_of(leaves: Leaves) -> str:
     """One hash of all that was read of a source, in the order of keys and positions.
 
     XXH3-128 over (key, position, XXH3-128 of the block's bytes); a block's height follows from its tensor's shape.
@@ -318,9 +352,7 @@ def _hash_of(leaves: dict[tuple[str, Any, int], bytes]) -> str:
     import xxhash
 
     total = xxhash.xxh3_128()
-    for (key, _, position), digest in sorted(
-        leaves.items(), key=lambda leaf: (leaf[0][0], leaf[0][1] or (), leaf[0][2])
-    ):
+    for (key, _, position, _), digest in sorted(leaves.items()):
         total.update(f"{key}\0{position}\0".encode())
         total.update(digest)
     return "xxh3_128:" + total.hexdigest()
@@ -358,7 +390,7 @@ class _Buffers:
         if held is not None and self.lane is not None:
             self.lane.unpin(held)
 
-    def drop_over(self, nbytes: int) -> None:
-        """Let go of buffers of more than `nbytes`, so that what is held stays within what was counted."""
-        for role in [r for r, held in self._held.items() if len(held) > nbytes]:
-            self._drop(role)
+    def trim(self, nbytes: int) -> None:
+        """Let go of the largest until no more than `nbytes` are held, so that it stays within what was counted."""
+        while self._held and sum(map(len, self._held.values())) > nbytes:
+            self._drop(max(self._held, key=lambda role: len(self._held[role])))

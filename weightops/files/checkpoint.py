@@ -9,12 +9,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from weightops.errors import FormatError, UsageError, WeightopsError, listing, quote
+from weightops.files.coalesce import coalesce
 from weightops.files.header import impostor, read_header
 from weightops.files.source import ByteSource, LocalFile, read
 from weightops.files.tensor import Slot, TensorInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from typing import TypeAlias
 
     from weightops.files.hub import HubPath
@@ -71,11 +72,17 @@ class Checkpoint:
                 read_strided(source, info, offset, offset + nbytes, part)
             done += nbytes
 
-    def will_need(self, slot: Slot, start: int, stop: int) -> None:
-        """A hint that these bytes of `slot` will be read soon."""
-        info = self.tensors[slot.key]
-        for offset, nbytes in slot.pieces(start, stop):
-            self.files[info.shard].will_need(info.start + offset, nbytes)
+    def will_need(self, spans: Iterable[tuple[Slot, int, int]]) -> None:
+        """A hint that these bytes (start, stop) of these slots will be read soon."""
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for slot, start, stop in spans:
+            info = self.tensors[slot.key]
+            for offset, nbytes in slot.pieces(start, stop):
+                begin = info.start + offset
+                wanted.setdefault(info.shard, []).append((begin, begin + nbytes))
+        for shard, ranges in wanted.items():
+            for begin, end in coalesce(ranges, gap=1 << 20):
+                self.files[shard].will_need(begin, end - begin)
 
     @property
     def fetches_ahead(self) -> bool:

@@ -1,4 +1,4 @@
-"""hf://: files of a hub's repository, by range requests. Downloads nothing whole; knows not what the bytes mean.
+"""hf://: files of a hub's repository, by range requests, no large one whole; knows not what the bytes mean.
 
 `locate` pins the revision to its commit, once, and gives a HubPath, which answers as much of pathlib.Path as
 checkpoint.py asks; its bytes are a HubFile. huggingface_hub tells the endpoint, the token and the cache, and lends its
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 from urllib.parse import quote as escape
 from urllib.parse import unquote, urlsplit
 
-from weightops.errors import NetworkError, TruncatedError, UsageError, WeightopsError, listing, quote
+from weightops.errors import NetworkError, TruncatedError, UsageError, WeightopsError, listing, printable, quote
 from weightops.files.source import ByteSource, LocalFile
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from httpx2 import Response
 
 PREFIX = "hf://"
-FIRST_NBYTES = 64 << 10  # of a file, read when it is opened: most headers whole
-HEAD_NBYTES = 1 << 20  # kept of each file: nearly every other header, with one more request
+FIRST_NBYTES = 64 << 10  # of a large file, read when it is opened: most headers whole
+HEAD_NBYTES = 1 << 20  # kept of each file: nearly every other header, with one more request; a small file whole
 MAX_REDIRECTS = 5
 MAX_ATTEMPTS = 7  # waits of 0.5 to 16 seconds, 31.5 in all
 MAX_ATTEMPTS_UNMET = 3  # while the hub has never answered: more likely a wrong address than a passing fault
@@ -38,6 +38,7 @@ DEADLINE_SECONDS = 300.0  # without a new byte; a hub counts its requests in win
 _TIMEOUTS = (10.0, 30.0, 30.0, 60.0)  # seconds to connect, read, write, and to get a connection of the pool
 _MAX_JSON_BYTES = 32 << 20
 _MAX_FILES = 100_000
+_MAX_PATH = 1_000  # characters
 _DRAINED_NBYTES = 64 << 10  # a body up to this size is read to its end, so that its connection can be used again
 
 _ADDRESS = re.compile(
@@ -128,7 +129,11 @@ def _list(
             raise NetworkError(label, f"{hub.name} lists a JSON {type(entries).__name__}, expected files")
         for entry in entries:
             path, size = (entry.get("path"), entry.get("size")) if isinstance(entry, dict) else (None, None)
-            if not isinstance(path, str) or (entry.get("type") == "file" and not _is_size(size)):
+            if (
+                not isinstance(path, str)
+                or len(path) > _MAX_PATH
+                or (entry.get("type") == "file" and not _is_size(size))
+            ):
                 raise NetworkError(label, f"{hub.name} lists {quote(entry)}, expected a file's path and size")
             if entry.get("type") == "file":
                 yield path, size
@@ -204,7 +209,8 @@ class HubPath:
         return self.repository.files.get(str(self.path)) is not None
 
     def is_dir(self) -> bool:
-        return not self.is_file() and any(self.path in PurePosixPath(f).parents for f in self.repository.files)
+        inside = "" if self.path == PurePosixPath() else f"{self.path}/"
+        return not self.is_file() and any(f.startswith(inside) for f in self.repository.files)
 
     def glob(self, pattern: str) -> Iterator[HubPath]:
         """The files right in this folder whose names fit `pattern`."""
@@ -249,6 +255,8 @@ class Hub:
     ) -> None:
         from huggingface_hub import constants, get_token
 
+        from weightops import __version__
+
         self.endpoint = constants.ENDPOINT.rstrip("/")
         try:
             self._origin = _origin(self.endpoint)
@@ -258,8 +266,10 @@ class Hub:
         self._sleep, self._clock = sleep, clock
         self._met = False
         # Not the library's own headers: to make them, it asks the hub for a list of agents to look for.
-        self._headers = {"accept-encoding": "identity", "user-agent": "weightops"}
+        self._headers = {"accept-encoding": "identity", "user-agent": f"weightops/{__version__}"}
         token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+        if token and not re.fullmatch(r"[!-~]+", token):
+            raise UsageError(label, "HF_TOKEN holds characters that no token has", "copy it anew, or unset it")
         self._token = {"authorization": f"Bearer {token}"} if token else {}
 
     def persist(self, label: str, ask: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
@@ -276,8 +286,8 @@ class Hub:
                 before, deadline = progress(), now + DEADLINE_SECONDS
             pause = wait if after is None else after
             if attempts >= (MAX_ATTEMPTS if self._met else MAX_ATTEMPTS_UNMET) or now + pause > deadline:
-                asked = f", which asks to wait {after:,.0f} seconds" if after else ""
-                what = f"gave up after {attempts} attempts at {self.name}{asked}: {trouble}"
+                asked = f" and asks to wait {after:,.0f} seconds" if after else ""
+                what = f"gave up on {self.name} at attempt {attempts}: {trouble}{asked}"
                 raise NetworkError(label, what, "check the connection, or try again later")
             self._sleep(pause)
             wait *= 2
@@ -302,7 +312,7 @@ class Hub:
                     url = self._redirected(url, response, label)
                     _drain(response)
         except HTTPError as e:
-            raise _TryAgain(str(e) or type(e).__name__) from None
+            raise _TryAgain(printable(str(e))[:200] or type(e).__name__) from None
         raise NetworkError(label, f"{self.name} redirects more than {MAX_REDIRECTS} times")
 
     def _redirected(self, url: str, response: Response, label: str) -> str:
@@ -415,7 +425,7 @@ class HubFile:
         self._lock = threading.Lock()
         self._head = bytearray()
         # At once, so that the ETag is known before there are other threads.
-        self._extend_head(FIRST_NBYTES)
+        self._extend_head(FIRST_NBYTES if size > HEAD_NBYTES else size)
 
     def read_into(self, start: int, out: memoryview) -> None:
         stop = start + len(out)
@@ -450,6 +460,8 @@ class HubFile:
         def ask() -> None:
             nonlocal done
             first, last = start + done, start + len(out) - 1
+            if first > last:  # the connection broke once all had come
+                return
             storage = self._storage
             try:
                 with self._hub.answer(storage or self._url, self.label, {"range": f"bytes={first}-{last}"}) as response:
@@ -468,25 +480,25 @@ class HubFile:
                 self._storage = None
                 raise
 
-        if len(out):
-            self._hub.persist(self.label, ask, lambda: done)
+        self._hub.persist(self.label, ask, lambda: done)
 
     def _check(self, response: Response, first: int, last: int) -> None:
         """Refuse an answer that is not bytes `first` to `last` of the file that was opened. Reads no byte of it."""
         asked = f"bytes {first:,} to {last:,}"
-        if response.status_code == 200:
+        status, headers = response.status_code, response.headers
+        if status == 200 and last + 1 - first < self.size:
             self._refuse(f"ignores the range: answers 200 to a request for {asked}, expected 206")
-        if response.status_code != 206:
+        if status == 206:
+            found = _RANGE.fullmatch(headers.get("content-range", "").strip())
+            if not found:
+                self._refuse(f"answers {quote(headers.get('content-range', ''))} to a request for {asked}")
+            begin, end, size = int(found[1]), int(found[2]), found[3]
+            if (begin, end) != (first, last):
+                self._refuse(f"answers bytes {begin:,} to {end:,} to a request for {asked}")
+            if size != "*" and int(size) != self.size:
+                self._refuse(f"says that the file holds {int(size):,} bytes, but lists it with {self.size:,}")
+        elif status != 200:
             self._hub.refuse(response, self.label)
-        headers = response.headers
-        found = _RANGE.fullmatch(headers.get("content-range", "").strip())
-        if not found:
-            self._refuse(f"answers {quote(headers.get('content-range', ''))} to a request for {asked}")
-        begin, end, size = int(found[1]), int(found[2]), found[3]
-        if (begin, end) != (first, last):
-            self._refuse(f"answers bytes {begin:,} to {end:,} to a request for {asked}")
-        if size != "*" and int(size) != self.size:
-            self._refuse(f"says that the file holds {int(size):,} bytes, but lists it with {self.size:,}")
         length = headers.get("content-length")
         if length is not None and length != str(last + 1 - first):
             self._refuse(f"sends {quote(length)} bytes to a request for {asked}, expected {last + 1 - first:,}")

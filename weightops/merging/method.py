@@ -83,7 +83,17 @@ class MergeMethod:
             return
         wide = any(t.dtype in (torch.float32, torch.float64) for t in (*models, out))
         working = torch.float64 if wide else torch.float32
-        out.copy_(self.function(*(m.to(working) for m in models), **parameters))
+        store(self.function(*(m.to(working) for m in models), **parameters), out)
+
+
+def store(result: Tensor, out: Tensor) -> None:
+    """Fill `out` with `result`, rounded once; what its dtype cannot hold becomes Inf, or NaN where it has no Inf."""
+    import torch
+
+    if out.dtype is torch.float8_e4m3fn:
+        # torch 2.13 clips to 448, Inf too, where others before it gave NaN: an overflow nobody would see.
+        result = result.masked_fill(result.abs() > 464, math.nan)
+    out.copy_(result)
 
 
 def _converted(method: str, parameter: Parameter, value: Any) -> Any:

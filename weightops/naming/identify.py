@@ -132,7 +132,7 @@ _SD_PROJECTIONS = (
 _UNETS = frozenset({"sd15", "sd2", "sdxl", "sdxl_refiner"})
 
 _ADAPTER = re.compile(
-    r"[._:](lora_up|lora_down|lora_A|lora_B|lora\.up|lora\.down|hada_w1_a|lokr_w1|lokr_w1_a|lokr_w2|oft_blocks|oft_R"
+    r"[._:](lora_up|lora_down|lora_A|lora_B|lora\.up|lora\.down|hada_w[12]_[ab]|lokr_w[12](_[ab])?|lokr_t2|oft_blocks|oft_R"
     r"|lora_mid|dora_scale|lora_linear_layer|to_[qkv]_lora|to_out_lora|(qkv|proj)_lora[12]?)\b"
     r"|^(unet|text_encoder):\d+:(up|down)$|^(lora_unet|lora_te[123]?|lora_transformer|lycoris)_"
 )

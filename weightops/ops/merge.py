@@ -16,7 +16,7 @@ from weightops.files.checkpoint import INDEX_SUFFIX, PICKLE_SUFFIXES, Checkpoint
 from weightops.files.dtypes import ARITHMETIC, DTYPE_WORDS
 from weightops.files.header import encode_header
 from weightops.files.tensor import Slot, TensorSpec
-from weightops.merging.method import METHODS, MergeMethod
+from weightops.merging.method import METHODS, MergeMethod, store
 from weightops.naming.identify import (
     MARKER_METADATA,
     MARKERS,
@@ -26,7 +26,7 @@ from weightops.naming.identify import (
     kind_of,
     quantised,
 )
-from weightops.ops.report import Account, Report, Unused, input_entries, peak_memory_bytes
+from weightops.ops.report import Account, Report, Unused, input_entries, peak_memory_bytes, tensors
 from weightops.ops.verify import verify
 from weightops.plan import Block, Compute, Grain, Input, Plan, Task
 
@@ -156,11 +156,14 @@ def _settings(
     **rest: Any,
 ) -> Settings:
     if count + has_base < 2:
-        raise UsageError("merge", f"found {count} model, expected two or more")
+        raise UsageError("merge", f"found {count + has_base} model, expected two or more")
     chosen = METHODS.get(method or ("add_difference" if has_base else "weighted_sum"))
     if chosen.needs_base != has_base:
         need = "needs a base" if chosen.needs_base else "takes no base"
         raise UsageError("--base", f"{chosen.name} {need}", "--list-methods shows what each method takes")
+    fixed = [name for name in chosen.models if not name.startswith("*")]
+    if count + has_base < len(fixed) or (count + has_base > len(fixed) and len(fixed) == len(chosen.models)):
+        raise UsageError(chosen.name, f"takes the models {', '.join(chosen.models)}, found {count + has_base}")
     values = dict(parameters)
     if any(p.kind == "Weights" for p in chosen.parameters):
         if "weights" in values:
@@ -173,6 +176,8 @@ def _settings(
     unknown = [d for d in rest["drop"] if d not in DROPPABLE]
     if unknown:
         raise UsageError("--drop", f"unknown component {quote(unknown[0])}", f"known are {', '.join(DROPPABLE)}")
+    if "vae" in rest["drop"] and rest["vae"] != "merge" and not rest["vae"].isdecimal():
+        raise UsageError("--drop", f"drops the VAE that --vae takes from {quote(rest['vae'])}")
     if rest["dtype"] != "keep" and rest["dtype"] not in DTYPE_WORDS:
         raise UsageError("--dtype", f"unknown dtype {quote(rest['dtype'])}", f"known: keep, {', '.join(DTYPE_WORDS)}")
     if rest["on_mismatch"] not in ("error", "keep-first"):
@@ -180,8 +185,8 @@ def _settings(
     checked = chosen.check(values)
     for option in ("vae", "text_encoder"):
         value = rest[option]
-        if value.isdecimal() and not 1 <= int(value) <= count:
-            raise UsageError(f"--{option.replace('_', '-')}", f"there is no model {value}, expected 1 to {count}")
+        if value.isdecimal() and not (len(value) < 10 and 1 <= int(value) <= count):
+            raise UsageError(_option(option), f"there is no model {value[:20]}, expected 1 to {count}")
         if option == "text_encoder" and value != "merge" and not value.isdecimal():
             raise UsageError("--text-encoder", f"found {quote(value)}, expected the number of a model, or merge")
     return Settings(chosen, checked, checked.get("weights"), **rest)
@@ -246,10 +251,8 @@ def in_words(settings: Settings, opened: Sequence[Checkpoint]) -> str:
             f" {'+' if w >= 0 else '−'} {abs(w):.6g} × ({n} − {base})"
             for n, w in zip(others, settings.weights, strict=True)
         )
-    terms = [
-        f"{'' if i == 0 and w >= 0 else '+ ' if w >= 0 else '− '}{abs(w):.6g} × {n}"
-        for i, (n, w) in enumerate(zip(names, settings.weights, strict=True))
-    ]
+    signs = [("" if w >= 0 else "−") if i == 0 else ("+ " if w >= 0 else "− ") for i, w in enumerate(settings.weights)]
+    terms = [f"{s}{abs(w):.6g} × {n}" for s, w, n in zip(signs, settings.weights, names, strict=True)]
     return " ".join(terms)
 
 
@@ -577,18 +580,18 @@ class _Planner:
     def _warn(self) -> None:
         if self.account.kept:
             keys = [key for key, _ in self.account.kept]
-            self.warnings.append(f"{len(keys):,} tensors kept from {self.first.label} unmerged: {listing(keys)}")
+            self.warnings.append(f"{tensors(len(keys))} kept from {self.first.label} unmerged: {listing(keys)}")
         left = [u for u in self.account.unused if not u.asked]
         for label in dict.fromkeys(u.source for u in left):
             keys = [u.key for u in left if u.source == label]
-            self.warnings.append(f"{len(keys):,} tensors of {label} are left out: {listing(keys)}")
+            self.warnings.append(f"{tensors(len(keys))} of {label} left out: {listing(keys)}")
         ema = [key for key, c in self.first_components.items() if c in ("ema", "optimizer")]
         for component in ("ema", "optimizer"):
             keys = [key for key in ema if self.first_components[key] == component and key in self.outputs]
             if keys:
                 size = sum(self.outputs[key].nbytes for key in keys)
                 self.warnings.append(
-                    f"{len(keys):,} {component} tensors take {size / 1e9:.2f} GB of the output; "
+                    f"{tensors(len(keys), component)}, {size / 1e9:.2f} GB of the output; "
                     f"--drop {component} leaves them out"
                 )
 
@@ -623,4 +626,4 @@ def _compute(settings: Settings) -> Compute:
 
 
 def _cast(inputs: Sequence[Tensor], outputs: Sequence[Tensor], block: Block) -> None:
-    outputs[0].copy_(inputs[0])
+    store(inputs[0], outputs[0])

@@ -39,7 +39,8 @@ class Account:
     unused: list[Unused] = field(default_factory=list)
 
     def surprises(self) -> list[str]:
-        return [key for key, _ in self.kept] + [u.key for u in self.unused if not u.asked]
+        """Keys, each once: what is kept from the first model is mostly left out of another."""
+        return list(dict.fromkeys([key for key, _ in self.kept] + [u.key for u in self.unused if not u.asked]))
 
     def refuse_surprises(self, where: str) -> None:
         found = self.surprises()
@@ -47,7 +48,7 @@ class Account:
             reasons = sorted({r for _, r in self.kept} | {u.reason for u in self.unused if not u.asked})
             raise MismatchError(
                 where,
-                f"{len(found):,} tensors do not go together: {listing(found)}",
+                f"{tensors(len(found))} cannot be merged: {listing(found)}",
                 f"{'; '.join(reasons[:3])}. Without --strict they are kept from the first model or left out, and named",
             )
 
@@ -97,6 +98,11 @@ class Report:
         if self.verified is not None:
             found["verified"] = self.verified
         return found
+
+
+def tensors(count: int, what: str = "") -> str:
+    """1 tensor, 1,234 tensors, 2 ema tensors."""
+    return f"{count:,} {what}{' ' if what else ''}tensor{'' if count == 1 else 's'}"
 
 
 def input_entries(sources: Sequence[Checkpoint], hashes: Sequence[str | None]) -> list[dict[str, Any]]:

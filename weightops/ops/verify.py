@@ -10,6 +10,7 @@ from weightops.engine.chunks import block_rows, task_rows
 from weightops.errors import ValueRefused, quote
 from weightops.files.checkpoint import open_checkpoint
 from weightops.files.dtypes import ARITHMETIC
+from weightops.merging.method import store
 from weightops.plan import Block
 
 if TYPE_CHECKING:
@@ -100,13 +101,16 @@ def ulps(found: Tensor, exact: Tensor, operands: Tensor | None = None) -> float:
     if not found.numel():
         return 0.0
     info = torch.finfo(found.dtype)
-    wanted = exact.to(found.dtype).double()
+    eps = 0.25 if found.dtype is torch.float8_e5m2fnuz else info.eps  # of which torch says 0.125
+    wanted = torch.empty_like(exact, dtype=found.dtype)
+    store(exact, wanted)
+    wanted = wanted.double()
     same = (found.double() == wanted) | (found.double().isnan() & wanted.isnan())
     _, exponent = torch.frexp(exact)
-    unit = torch.where(exact == 0, 0.0, torch.exp2(exponent.double() - 1) * info.eps)
-    unit.clamp_min_(info.smallest_normal * info.eps)
+    unit = torch.where(exact == 0, 0.0, torch.exp2(exponent.double() - 1) * eps)
+    unit.clamp_min_(info.smallest_normal * eps)
     if operands is not None:
         # float32 keeps 24 bits of an operand; the shorter dtypes are computed in it, in a few operations.
         unit = torch.maximum(unit, operands * {64: 0.0, 32: 2.0**-23}.get(info.bits, 2.0**-21))
     distance = ((found.double() - exact).abs() / unit).nan_to_num(torch.inf, posinf=torch.inf)
-    return float(torch.where(same, torch.minimum(distance, torch.ones(())), distance).max())
+    return float(torch.where(same & ~wanted.isfinite(), 0.0, distance).max())

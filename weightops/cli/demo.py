@@ -62,13 +62,13 @@ def command(folder: str | None, as_json: bool) -> None:
 def _demo(as_json: bool) -> None:
     out = None if as_json else render.console()
     layout = sd15_layout()
-    nbytes = sum(spec.nbytes for spec in layout.values())
     _say(out, "1", f"Two checkpoints with the {len(layout):,} names of SD1.5, {SHRINK} times narrower")
     started = time.perf_counter()
     _make_pair(layout)
-    _tell(
-        out, f"anime.safetensors, photo.safetensors  {render.size(nbytes)} each, {time.perf_counter() - started:.1f} s"
-    )
+    if out is not None:
+        nbytes = Path("anime.safetensors").stat().st_size
+        seconds = time.perf_counter() - started
+        out.print(f"anime.safetensors, photo.safetensors  {render.size(nbytes)} each, {seconds:.1f} s")
 
     _say(out, "2", "Merge them: 0.3 of the first, 0.7 of the second")
     _run(
@@ -100,11 +100,6 @@ def _demo(as_json: bool) -> None:
 def _say(out: Console | None, step: str, text: str) -> None:
     if out is not None:
         out.print(f"\n{step}. {text}", style="bold magenta")
-
-
-def _tell(out: Console | None, text: str) -> None:
-    if out is not None:
-        out.print(text)
 
 
 def _run(out: Console | None, *words: str) -> None:

@@ -80,9 +80,9 @@ def console() -> NoReturn:
 
 def run(arguments: list[str] | None = None) -> NoReturn:
     """One command: exit code 0 done, 1 refused data or a failed operation, 2 wrong use."""
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+        if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _stop)
     try:
         code = main.main(arguments, prog_name="weightops", standalone_mode=False)
@@ -111,7 +111,8 @@ def _flush() -> None:
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
-    raise Interrupted("", f"stopped by {signal.Signals(number).name}: nothing was written, and no input was changed")
+    by = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    raise Interrupted("", f"{by}: nothing was written, and no input was changed")
 
 
 def _usage(error: click.UsageError) -> tuple[str, str | None]:

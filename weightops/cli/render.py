@@ -85,12 +85,10 @@ def report(found: Report, *, verbose: bool) -> None:
         out.print(found.summary, style="bold")
     if found.groups:
         out.print()
-        drawn = table("component", "tensors", "merged", "copied", "dropped", right=(1, 2, 3, 4))
+        counts = [k for k in ("tensors", "merged", "copied", "dropped") if any(g[k] for g in found.groups)]
+        drawn = table("component", *counts, right=tuple(range(1, len(counts) + 1)))
         for group in found.groups:
-            drawn.add_row(
-                group["component"],
-                *(f"{group[k]:,}" if group[k] else "-" for k in ("tensors", "merged", "copied", "dropped")),
-            )
+            drawn.add_row(group["component"], *(f"{group[k]:,}" if group[k] else "-" for k in counts))
         out.print(drawn)
     _unused(out, found, verbose)
     for text in found.warnings:
@@ -105,9 +103,9 @@ def report(found: Report, *, verbose: bool) -> None:
         out.print(f"would write {printable(found.output or '')}  {size(found.bytes_written)}")
         return
     out.print(f"wrote  {printable(found.output or '')}  {size(found.bytes_written)}", style="green")
-    speed = (found.bytes_read + found.bytes_written) / max(found.seconds, 1e-9) / 1e9
+    speed = size((found.bytes_read + found.bytes_written) / max(found.seconds, 1e-9))
     peak = f", peak memory {found.peak_memory_bytes / 2**20:.0f} MiB" if found.peak_memory_bytes else ""
-    out.print(f"       {found.seconds:.2f} s, {speed:.1f} GB/s{peak}", style="dim")
+    out.print(f"       {found.seconds:.2f} s, {speed}/s{peak}", style="dim")
     if found.verified is not None:
         v = found.verified
         out.print(
@@ -168,7 +166,8 @@ def inspection(found: Inspection, *, verbose: bool) -> None:
         out.print()
         drawn = table("metadata", "")
         for key, value in found.metadata.items():
-            drawn.add_row(folded(key, verbose), folded(value, verbose))
+            words = recipe_words(value) if key == "weightops" and not verbose else None
+            drawn.add_row(folded(key, verbose), folded(words or value, verbose))
         out.print(drawn)
     if found.left_out:
         out.print()
@@ -191,6 +190,22 @@ def inspection(found: Inspection, *, verbose: bool) -> None:
         tree(out, found.tensors, found.stats)
     elif found.stats is not None:
         _stats_summary(out, found)
+
+
+def recipe_words(text: str) -> str | None:
+    """A recipe of ours in words, or None where it is not one: it comes from a file, and may hold anything."""
+    import json
+
+    try:
+        recipe = json.loads(text) if len(text) < 1_000_000 else None
+        names = ", ".join(str(entry["name"]) for entry in recipe["inputs"])
+        parameters = recipe["parameters"].items()
+        settings = ", ".join(
+            f"{k} {', '.join(f'{x:g}' for x in v) if isinstance(v, list) else v}" for k, v in parameters
+        )
+        return f"{recipe['command']}, {recipe['method']} of {names}; {settings} (weightops {recipe['version']})"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
 
 
 def folded(text: str, whole: bool, limit: int = 160) -> str:

@@ -134,17 +134,21 @@ class CudaLane:
         cuda: Any = torch.cuda  # its functions carry no types
         self.stream = cuda.Stream(self.device)
         self.runtime = cuda.cudart()
+        self.pinned: set[int] = set()
 
     def compute(self, chunk: Chunk, inputs: Sequence[memoryview], outputs: Sequence[memoryview]) -> list[Any]:
         host_in, host_out = _views(chunk, inputs, outputs)
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            given = [t.to(self.device, non_blocking=True) for t in host_in]
-            filled = [torch.empty_like(t, device=self.device) for t in host_out]
-            values = _blocks(chunk, given, filled)
-            for host, result in zip(host_out, filled, strict=True):
-                host.copy_(result, non_blocking=True)
-        # Releases the interpreter's lock while it waits, so the other workers read and write meanwhile.
-        self.stream.synchronize()
+        try:
+            with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+                given = [t.to(self.device, non_blocking=True) for t in host_in]
+                filled = [torch.empty_like(t, device=self.device) for t in host_out]
+                values = _blocks(chunk, given, filled)
+                for host, result in zip(host_out, filled, strict=True):
+                    host.copy_(result, non_blocking=True)
+        finally:
+            # After an error, too: the device may still be reading the buffers, which are about to go.
+            # Releases the interpreter's lock while it waits, so the other workers read and write meanwhile.
+            self.stream.synchronize()
         return values
 
     def pin(self, buffer: memoryview) -> None:
@@ -153,11 +157,14 @@ class CudaLane:
             code = self.runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
         if int(code) != 0:
             raise MemoryError(f"cudaHostRegister of {tensor.numel():,} bytes failed with CUDA error {int(code)}")
+        self.pinned.add(tensor.data_ptr())
 
     def unpin(self, buffer: memoryview) -> None:
-        tensor = torch.frombuffer(buffer, dtype=torch.uint8)
-        with torch.cuda.device(self.device):
-            self.runtime.cudaHostUnregister(tensor.data_ptr())
+        address = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
+        if address in self.pinned:  # otherwise it is the one whose pinning failed
+            self.pinned.remove(address)
+            with torch.cuda.device(self.device):
+                self.runtime.cudaHostUnregister(address)
 
 
 def make_lane(device: str) -> Lane:

@@ -70,9 +70,9 @@ class SafetensorsWriter:
 
     def _check_target(self, inputs: Sequence[ByteSource]) -> None:
         folder = self.path.parent
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises for what it may not look at
             raise OutputError(self.label, f"the folder {str(folder)!r} does not exist", "make it first")
-        if self.path.is_dir():
+        if os.path.isdir(self.path):  # noqa: PTH112
             raise OutputError(self.label, "is a folder, expected the name of a file")
         if not os.access(folder, os.W_OK):
             raise OutputError(self.label, f"no permission to write into {str(folder)!r}")
@@ -86,9 +86,10 @@ class SafetensorsWriter:
                         "choose another name, or replace it with --force once the result is whole",
                     )
             raise OutputError(self.label, "exists", "choose another name, or replace it with --force")
-        free = shutil.disk_usage(folder).free
-        if free < self.size:
-            raise self._no_room(free)
+        with contextlib.suppress(OSError):  # some file systems do not say; preallocation will
+            free = shutil.disk_usage(folder).free
+            if free < self.size:
+                raise self._no_room(free)
 
     def _no_room(self, free: int | None = None) -> OutputError:
         left = "" if free is None else f", but {free:,} are free"
@@ -96,34 +97,69 @@ class SafetensorsWriter:
             self.label, f"no room: the file takes {self.size:,} bytes{left}", "free some space, or write elsewhere"
         )
 
+    def _failed(self, e: OSError, what: str) -> OutputError:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            return self._no_room()
+        if e.errno == errno.EFBIG:
+            return OutputError(
+                self.label,
+                f"the file takes {self.size:,} bytes, more than a file may have here",
+                "the file system or a limit of this process is in the way; write elsewhere",
+            )
+        return OutputError(self.label, f"{what}: {e.strerror or e}")
+
     def _create(self) -> tuple[int, Path | None]:
         """A file descriptor to write to, and its name if it has one already."""
         self._clear_leftovers()
         flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         unnamed = getattr(os, "O_TMPFILE", None)
-        if unnamed is not None and Path("/proc/self/fd").is_dir():
+        if unnamed is not None and self._names_unnamed(flags | unnamed):
             with contextlib.suppress(OSError):
                 return os.open(self.path.parent, flags | unnamed, 0o666), None
+        return self._create_named(flags)
+
+    def _names_unnamed(self, flags: int) -> bool:
+        """Can a file without a name be given one here? Better asked now than found out when all is written."""
         name = self._part_name()
         try:
-            fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        except OSError as e:
-            raise OutputError(self.label, f"cannot be written: {e.strerror}") from None
-        _try_lock(fd)
-        return fd, name
+            fd = os.open(self.path.parent, flags, 0o666)
+            try:
+                _lock(fd, wait=False)
+                _give_name(fd, name)
+                name.unlink()
+            finally:
+                os.close(fd)
+        except (OSError, AttributeError, NotImplementedError):
+            return False
+        return True
+
+    def _create_named(self, flags: int) -> tuple[int, Path]:
+        while True:
+            name = self._part_name()
+            try:
+                fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            except OSError as e:
+                raise self._failed(e, "cannot be written") from None
+            _lock(fd, wait=True)
+            if os.fstat(fd).st_nlink or os.name == "nt":
+                return fd, name
+            os.close(fd)  # another run's clearing came between the opening and the lock, and took it for a leftover
 
     def _part_name(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}{_SUFFIX}")
+        return self.path.with_name(f"{self._part_start()}{secrets.token_hex(4)}{_SUFFIX}")
+
+    def _part_start(self) -> str:
+        return f".{self.path.name[:40]}."  # a name may have 255 bytes, four for a character
 
     def _clear_leftovers(self) -> None:
         """Remove what an earlier run that was killed left beside the target; a run still at work holds its lock."""
-        start = f".{self.path.name}."
+        start = self._part_start()
         with contextlib.suppress(OSError), os.scandir(self.path.parent) as entries:
             stale = [e.path for e in entries if e.name.startswith(start) and e.name.endswith(_SUFFIX)]
             for path in stale:
                 with contextlib.suppress(OSError):
                     fd = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
-                    unlocked = _try_lock(fd)
+                    unlocked = _lock(fd, wait=False)
                     if os.name == "nt":
                         os.close(fd)
                     if unlocked:
@@ -140,8 +176,9 @@ class SafetensorsWriter:
                 os.ftruncate(self._fd, self.size)
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise self._no_room() from None
-            os.ftruncate(self._fd, self.size)  # some network file systems cannot preallocate
+                raise self._failed(e, "") from None
+            with contextlib.suppress(OSError):  # some network file systems cannot preallocate: each write will tell
+                os.ftruncate(self._fd, self.size)
 
     # ------------------------------------------------------------------ the work, from any thread
 
@@ -159,9 +196,7 @@ class SafetensorsWriter:
             while done < len(data):
                 done += self._write_some(offset + done, data[done:])
         except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise self._no_room() from None
-            raise OutputError(self.label, f"cannot be written at byte {offset:,}: {e.strerror}") from None
+            raise self._failed(e, f"cannot be written at byte {offset:,}") from None
         self._flush_some(len(data))
 
     def _write_some(self, offset: int, data: memoryview) -> int:
@@ -177,7 +212,10 @@ class SafetensorsWriter:
         if self._written - self._flushed < _FLUSH_EVERY or not self._flushing.acquire(blocking=False):
             return
         self._flushed = self._written
-        threading.Thread(target=self._flush, name="weightops-flush", daemon=True).start()
+        try:
+            threading.Thread(target=self._flush, name="weightops-flush", daemon=True).start()
+        except RuntimeError:  # no thread to be had: the fsync before the commit does it all
+            self._flushing.release()
 
     def _flush(self) -> None:
         try:
@@ -202,7 +240,7 @@ class SafetensorsWriter:
             try:
                 os.fsync(self._fd)
             except OSError as e:
-                raise OutputError(self.label, f"cannot be written to the disk: {e.strerror}") from None
+                raise self._failed(e, "cannot be written to the disk") from None
         with uninterrupted():
             try:
                 self._publish()
@@ -213,24 +251,18 @@ class SafetensorsWriter:
                     "use --force to replace it",
                 ) from None
             except OSError as e:
-                raise OutputError(self.label, f"cannot be put in place: {e.strerror}") from None
+                raise self._failed(e, "cannot be put in place") from None
             _sync_folder(self.path.parent)
         return self.size
 
     def _publish(self) -> None:
         if self._named is None:
-            source = f"/proc/self/fd/{self._fd}"
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                if not self.force:
-                    os.link(source, self.path.name, dst_dir_fd=folder, follow_symlinks=True)
-                    return
-                named = self._part_name()
-                _try_lock(self._fd)
-                os.link(source, named.name, dst_dir_fd=folder, follow_symlinks=True)
-                self._named = named
-            finally:
-                os.close(folder)
+            if not self.force:
+                _give_name(self._fd, self.path)
+                return
+            _lock(self._fd, wait=False)
+            self._named = self._part_name()
+            _give_name(self._fd, self._named)
         if os.name == "nt":
             self._close_fd()  # Windows renames no open file
         if self.force:
@@ -249,9 +281,18 @@ class SafetensorsWriter:
             self._named = None
 
     def _close_fd(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _give_name(fd: int, name: Path) -> None:
+    """Let the unnamed file appear as `name`, which nothing may bear yet."""
+    folder = os.open(name.parent, os.O_RDONLY)
+    try:
+        os.link(f"/proc/self/fd/{fd}", name.name, dst_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
 
 
 def _rename_to_new(source: Path, target: Path) -> None:
@@ -266,17 +307,18 @@ def _rename_to_new(source: Path, target: Path) -> None:
             raise FileExistsError(errno.EEXIST, "exists", str(target)) from None
         os.rename(source, target)  # noqa: PTH104
     else:
-        source.unlink()
+        with contextlib.suppress(OSError):  # it is in place; a second name for it is no reason to call this a failure
+            source.unlink()
 
 
-def _try_lock(fd: int) -> bool:
-    """Lock the open file for this process, if nobody else holds it. Windows keeps open files from being removed."""
+def _lock(fd: int, *, wait: bool) -> bool:
+    """Lock the open file, if nobody else holds it or will let it go. Windows keeps open files from being removed."""
     try:
         import fcntl
     except ImportError:
         return True
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         return False
     return True
@@ -307,11 +349,12 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     kept: dict[int, Any] = {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not None:
-            kept[number] = signal.signal(number, _drop)
     try:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and (handler := signal.getsignal(number)) is not None:
+                kept[number] = handler  # before the change: the one before last may break in between the two
+                signal.signal(number, _drop)
         yield
     finally:
         for number, handler in kept.items():

@@ -38,7 +38,8 @@ class Stats:
     inf: int
 
     def to_dict(self) -> dict[str, Any]:
-        return {"norm": self.norm, "min": self.low, "max": self.high, "nan": self.nan, "inf": self.inf}
+        norm = self.norm if math.isfinite(self.norm) else None
+        return {"norm": norm, "min": self.low, "max": self.high, "nan": self.nan, "inf": self.inf}
 
 
 @dataclass(slots=True)
@@ -169,10 +170,10 @@ def _stats(
     outcome = run(Plan((opened,), {}, tasks), None, memory=memory, threads=threads)
     found = {}
     for number, key in enumerate(names):
-        lows, highs, squares, nans, infs = zip(*outcome.values[number], strict=True)
+        lows, highs, norms, nans, infs = zip(*outcome.values[number], strict=True)
         low, high = min(lows), max(highs)
         found[key] = Stats(
-            math.sqrt(math.fsum(squares)),
+            math.hypot(*norms),
             low if math.isfinite(low) else None,
             high if math.isfinite(high) else None,
             sum(nans),
@@ -195,7 +196,11 @@ def _block_stats(
         if not len(values):
             return math.inf, -math.inf, 0.0, nan, inf
         low, high = torch.aminmax(values)
-    return float(low), float(high), float(values.dot(values)), nan, inf
+    # The squares of F64 can be too large, or too small, for F64.
+    largest = max(-float(low), float(high))
+    unit = 1.0 if 1e-100 < largest < 1e100 or not largest else largest
+    values = values if unit == 1.0 else values / unit
+    return float(low), float(high), unit * math.sqrt(values.dot(values)), nan, inf
 
 
 # ------------------------------------------------------------------------------------------------ hashes

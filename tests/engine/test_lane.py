@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,7 +34,12 @@ class Played:
     def __init__(self) -> None:
         self.registered: dict[int, int] = {}
         self.log: list[str] = []
+        self.by: list[int] = []  # in which thread
         self.refuse_at = -1
+
+    def note(self, what: str) -> None:
+        self.log.append(what)
+        self.by.append(threading.get_ident())
 
     # The names are those of torch.cuda and of the CUDA runtime.
     def cudart(self) -> Played:
@@ -45,12 +51,12 @@ class Played:
         assert address % os.sysconf("SC_PAGE_SIZE") == 0
         if len(self.log) == self.refuse_at:
             return 2
-        self.log.append("register")
+        self.note("register")
         self.registered[address] = nbytes
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:
-        self.log.append("unregister")
+        self.note("unregister")
         del self.registered[address]
         return 0
 
@@ -59,7 +65,7 @@ class Played:
 
         class Stream:
             def synchronize(self) -> None:
-                played.log.append("synchronize")
+                played.note("synchronize")
 
         return Stream()
 
@@ -106,12 +112,15 @@ def test_a_device_runs_the_plan_and_its_buffers_are_given_back(played: Played, t
 
 def test_an_error_waits_for_the_device_before_the_buffers_go(played: Played, tmp_path: Path) -> None:
     def fail(inputs: Sequence[Tensor], outputs: Sequence[Tensor], block: Block) -> None:
+        failed.append(threading.get_ident())
         raise ZeroDivisionError
 
+    failed: list[int] = []
     with pytest.raises(ZeroDivisionError):
         play(tmp_path, fail, threads=1)
-    assert "synchronize" in played.log
-    assert played.log.index("synchronize") < played.log.index("unregister")
+    for worker in failed:
+        log = [what for what, by in zip(played.log, played.by, strict=True) if by == worker]
+        assert log.index("synchronize") < log.index("unregister")
     assert played.registered == {}
     assert no_workers_left()
 

@@ -21,9 +21,11 @@ import torch
 
 from weightops.errors import TruncatedError, UnsafeError, WeightopsError
 from weightops.files.dtypes import DTYPES
-from weightops.files.pickled import MAX_INSTRUCTIONS, Pickled, read_pickled, read_strided
+from weightops.files.pickled import Pickled, read_pickled
 from weightops.files.source import LocalFile, read
+from weightops.files.strided import read_strided
 from weightops.files.tensor import TensorInfo, TensorSpec
+from weightops.files.unpickle import MAX_INSTRUCTIONS
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 REAL = sorted([*SHARED.glob("loras/pickle/*.pt"), *SHARED.glob("checkpoints/*.pth")])
@@ -730,8 +732,8 @@ def test_random_damage_ends_in_a_refusal_or_in_tensors(tmp_path, zipped):
 def test_any_range_of_any_strides_equals_numpy(tmp_path, monkeypatch, seed):
     rng = random.Random(seed)
     if seed % 2:
-        monkeypatch.setattr("weightops.files.pickled._READ_BYTES", rng.choice([16, 64, 1000]))
-        monkeypatch.setattr("weightops.files.pickled._GAP_BYTES", rng.choice([8, 100]))
+        monkeypatch.setattr("weightops.files.strided._READ_BYTES", rng.choice([16, 64, 1000]))
+        monkeypatch.setattr("weightops.files.strided._GAP_BYTES", rng.choice([8, 100]))
     dtype = rng.choice(["U8", "F16", "F32", "F64"])
     size = DTYPES[dtype].bits // 8
     shape = tuple(rng.randint(1, 9) for _ in range(rng.randint(1, 5)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from weightops.errors import UsageError
-from weightops.merging.method import KINDS, METHODS, MergeMethod, Weights, merge_method
+from weightops.merging.method import KINDS, METHODS, MergeMethod, Weights, merge_method, store
 from weightops.plan import Grain
 from weightops.registry import Registry
 
@@ -263,6 +263,19 @@ def test_weighted_sum_is_the_sum_of_weights_times_models(dtype: torch.dtype, wei
 def test_weights_that_sum_to_nothing_give_zeros() -> None:
     models = [random((8,), torch.float16, 0), random((8,), torch.float16, 1)]
     assert (applied(WEIGHTED_SUM, models, torch.float16, weights=(0.0, 0.0)) == 0).all()
+
+
+def test_what_a_dtype_cannot_hold_is_inf_or_nan_and_never_clipped() -> None:
+    """torch 2.13 casts Inf, and everything above 448, to 448 in F8_E4M3."""
+    beyond = torch.tensor([1e6, -1e6, torch.inf, -torch.inf, torch.nan], dtype=torch.float64)
+    for name in ("F16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"):
+        out = torch.ones(5).to(FLOATS[name])
+        store(beyond, out)
+        assert not out.float().isfinite().any(), name
+    out = torch.ones(4).to(torch.float8_e4m3fn)
+    store(torch.tensor([448.0, 464.0, 464.1, -464.1]), out)
+    assert out.float()[:2].tolist() == [448.0, 448.0]
+    assert out.float()[2:].isnan().all()
 
 
 # ------------------------------------------------------------------------------------------------ add_difference

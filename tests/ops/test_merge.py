@@ -575,6 +575,13 @@ def test_nonfinite_values_are_written_when_that_is_asked_for() -> None:
     assert found[VAE] == [math.inf]
 
 
+def test_a_model_of_weight_zero_has_no_part_in_the_result() -> None:
+    a, b = make("a", {UNET: [1.0, -0.0]}), make("b", {UNET: [math.nan, math.inf]})
+    found = values(a, b, alpha=0)[UNET]
+    assert (found, math.copysign(1.0, found[1])) == ([1.0, 0.0], -1.0)
+    assert values(a, b, a, weights=(1, 0, 1))[UNET] == [1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("dtype", "held", "over"),
     [

@@ -15,7 +15,7 @@ from weightops.ops.inspect import inspect
 
 
 @click.command("inspect", short_help="What is this file?")
-@click.argument("files", metavar="FILE…", nargs=-1, required=True)
+@click.argument("files", metavar="FILE…", nargs=-1)
 @click.option(
     "--tensors", metavar="GLOB", is_flag=False, flag_value="*", help="List the tensors, or those named like GLOB."
 )
@@ -33,10 +33,12 @@ def command(files: tuple[str, ...], tensors: str | None, as_json: bool, verbose:
     FILE is a .safetensors file, an index or a folder of shards, a diffusers folder, or a .ckpt/.pt/.pth/.bin,
     which is read without running anything in it.
     """
-    if tensors is not None and "*" not in tensors and Path(tensors).exists():
+    if tensors is not None and Path(tensors).exists():
         raise UsageError(
             "--tensors", f"took {tensors!r} for its glob", "put --tensors after the files, or write --tensors='*'"
         )
+    if not files:
+        raise click.MissingParameter(param=next(p for p in command.params if p.name == "files"))
     found, documents, code = [], [], 0
     for file in files:
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
+import io
 import os
 import signal
 import sys
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import click
 
 from weightops import __version__
-from weightops.errors import Interrupted, WeightopsError, printable
+from weightops.errors import Interrupted, UsageError, WeightopsError, printable, quote
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -40,6 +42,15 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [entry.name for entry in ENTRIES]
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.list_commands(ctx) and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(self.list_commands(ctx))}"
+            raise UsageError("", f"no such command {quote(args[0])}", hint)
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
@@ -53,15 +64,24 @@ class Commands(click.Group):
                 formatter.write_dl([(e.name, e.help) for e in ENTRIES if e.section == section])
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Commands,
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, message="weightops %(version)s")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Surgery on diffusion weights: exact, every key accounted for, in one streaming pass.
 
     \b
     weightops merge a.safetensors b.safetensors --alpha 0.7
     weightops inspect anything.safetensors
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(2)
 
 
 def console() -> NoReturn:
@@ -84,6 +104,10 @@ def run(arguments: list[str] | None = None) -> NoReturn:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _stop)
+    for stream in (sys.stdout, sys.stderr):
+        # A stream of another encoding (redirected on Windows) shows what it cannot say as \u2212, and does not fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main.main(arguments, prog_name="weightops", standalone_mode=False)
         _flush()
@@ -103,7 +127,7 @@ def run(arguments: list[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except MemoryError as e:
-        fail(f"not enough memory: {e or 'the system refused an allocation'}", "a smaller --memory may do", 1)
+        fail(f"not enough memory: {str(e) or 'the system refused an allocation'}", "a smaller --memory may do", 1)
 
 
 def _flush() -> None:
@@ -116,14 +140,13 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 
 def _usage(error: click.UsageError) -> tuple[str, str | None]:
-    text = error.format_message().rstrip(".")
     hint: str | None = None
     possible = getattr(error, "possibilities", None)
+    text = (error.message if possible else error.format_message()).rstrip(".")
     if possible:
-        text = text.split(" (Possible")[0].split(" Did you mean")[0].rstrip(".")
         hint = f"did you mean {possible[0]}?"
-    elif error.ctx is not None:
-        hint = f"{error.ctx.command_path} --help shows what can be said"
+    else:
+        hint = f"{error.ctx.command_path if error.ctx else 'weightops'} --help shows what can be said"
     return text[:1].lower() + text[1:], hint
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, TypeVar
 
 import click
@@ -25,10 +26,12 @@ class Size(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", value.strip())
-        if match is None or match.group(2).upper() not in _UNITS or float(match.group(1)) <= 0:
-            raise UsageError(_option(param), f"found {quote(value)}, expected a size such as 512MiB or 2GiB")
-        return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+        match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)", value.strip())
+        if match is not None and match.group(2).upper() in _UNITS:
+            nbytes = Fraction(match.group(1)) * _UNITS[match.group(2).upper()]
+            if 1 <= nbytes < 1 << 60:
+                return int(nbytes)
+        raise UsageError(_option(param), f"found {quote(value)}, expected a size such as 512MiB or 2GiB")
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):

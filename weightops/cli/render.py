@@ -82,7 +82,7 @@ def progress(title: str, *, quiet: bool) -> Iterator[Progress]:
 def report(found: Report, *, verbose: bool) -> None:
     out = console()
     if found.summary:
-        out.print(found.summary, style="bold")
+        out.print(printable(found.summary), style="bold", soft_wrap=True)
     if found.groups:
         out.print()
         counts = [k for k in ("tensors", "merged", "copied", "dropped") if any(g[k] for g in found.groups)]
@@ -96,13 +96,12 @@ def report(found: Report, *, verbose: bool) -> None:
     out.print()
     for entry in found.inputs:
         hashed = f"  {entry['hash']}" if entry["hash"] and verbose else ""
-        out.print(
-            f"{'read' if not found.dry_run else 'reads':<7}{printable(entry['path'])}  {size(entry['bytes'])}{hashed}"
-        )
+        verb = "reads" if found.dry_run else "read"
+        out.print(f"{verb:<7}{printable(entry['path'])}  {size(entry['bytes'])}{hashed}", soft_wrap=True)
     if found.dry_run:
-        out.print(f"would write {printable(found.output or '')}  {size(found.bytes_written)}")
+        out.print(f"would write {printable(found.output or '')}  {size(found.bytes_written)}", soft_wrap=True)
         return
-    out.print(f"wrote  {printable(found.output or '')}  {size(found.bytes_written)}", style="green")
+    out.print(f"wrote  {printable(found.output or '')}  {size(found.bytes_written)}", style="green", soft_wrap=True)
     speed = size((found.bytes_read + found.bytes_written) / max(found.seconds, 1e-9))
     peak = f", peak memory {found.peak_memory_bytes / 2**20:.0f} MiB" if found.peak_memory_bytes else ""
     out.print(f"       {found.seconds:.2f} s, {speed}/s{peak}", style="dim")
@@ -126,10 +125,10 @@ def _unused(out: Console, found: Report, verbose: bool) -> None:
     for key, reason in account.kept:
         reasons.setdefault(("kept", reason), []).append(key)
     for (source, reason), keys in reasons.items():
-        out.print(f"  {len(keys):>6,}  {printable(source)}: {printable(reason)}", style="dim")
+        out.print(f"  {len(keys):>6,}  {printable(source)}: {printable(reason)}", style="dim", soft_wrap=True)
         if verbose:
             for key in keys:
-                out.print(f"          {printable(key)}", style="dim")
+                out.print(f"          {printable(key)}", style="dim", soft_wrap=True)
 
 
 def print_warning(text: str) -> None:
@@ -197,7 +196,7 @@ def recipe_words(text: str) -> str | None:
     import json
 
     try:
-        recipe = json.loads(text) if len(text) < 1_000_000 else None
+        recipe: Any = json.loads(text) if len(text) < 1_000_000 else None
         names = ", ".join(str(entry["name"]) for entry in recipe["inputs"])
         parameters = recipe["parameters"].items()
         settings = ", ".join(
@@ -229,34 +228,39 @@ def inspections(found: list[Inspection]) -> None:
 def tree(out: Console, tensors: Mapping[str, TensorSpec], stats: Mapping[str, Stats] | None) -> None:
     """The names as a tree of their dotted parts; a part with a single child is joined with it."""
     from rich.text import Text
-    from rich.tree import Tree
 
     root: dict[str, Any] = {}
     for name, spec in tensors.items():
         at = root
-        *path, leaf = name.split(".")
+        # No model has names of so many parts; a hostile one would be a tree too deep to draw.
+        *path, leaf = name.split(".", 20)
         for part in path:
             at = at.setdefault(part + ".", {})
         at[leaf] = (name, spec)
 
-    def grow(parent: Tree, node: Mapping[str, Any]) -> None:
-        for part, child in node.items():
+    lines = [Text(f"{len(tensors):,} tensor{'' if len(tensors) == 1 else 's'}", style="dim")]
+
+    def draw(node: Mapping[str, Any], indent: str) -> None:
+        for number, (part, child) in enumerate(node.items(), 1):
+            last = number == len(node)
+            line = Text(f"{indent}{'└── ' if last else '├── '}", style="dim")
+            lines.append(line)
             if isinstance(child, tuple):
                 name, spec = child
-                line = Text(f"{printable(part) or '(no name)'}  ")
-                line.append(f"{spec.dtype} {list(spec.shape)}", style="dim")
+                line.append(f"{printable(part) or '(no name)'}  ", style="not dim")
+                line.append(f"{spec.dtype} {list(spec.shape)}")
                 if stats and name in stats:
                     line.append(f"  {stats_words(stats[name])}", style="red" if bad(stats[name]) else "cyan")
-                parent.add(line)
                 continue
             while len(child) == 1 and isinstance(next(iter(child.values())), dict):
                 (more, child), *_ = child.items()
                 part += more
-            grow(parent.add(Text(printable(part))), child)
+            line.append(printable(part), style="not dim")
+            draw(child, indent + ("    " if last else "│   "))
 
-    drawn = Tree(Text(f"{len(tensors):,} tensors", style="dim"), guide_style="dim")
-    grow(drawn, root)
-    out.print(drawn, soft_wrap=True)
+    draw(root, "")
+    # Not rich's own tree, which folds what is wider than the terminal, so that no line could be found by a search.
+    out.print(Text("\n").join(lines), soft_wrap=True)
 
 
 def stats_words(s: Stats) -> str:

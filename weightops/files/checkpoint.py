@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 INDEX_SUFFIX = ".index.json"
+_INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # diffusers sets a variant's name in between: .index.fp16.json
 _MAX_JSON_BYTES = 64 << 20
 
 
@@ -67,7 +70,7 @@ class Checkpoint:
             if info.strides is None:
                 source.read_into(info.start + offset, part)
             else:
-                from weightops.files.pickled import read_strided
+                from weightops.files.strided import read_strided
 
                 read_strided(source, info, offset, offset + nbytes, part)
             done += nbytes
@@ -122,11 +125,23 @@ def open_checkpoint(label: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _open(path: Place, label: str) -> Checkpoint:
-    if path.is_dir():
+    if _is_dir(path):
         return _open_folder(path, label)
-    if path.name.endswith(INDEX_SUFFIX):
+    if _INDEX.search(path.name):
         return _open_shards(path, label)
     return _open_file(path, label)
+
+
+def _is_dir(path: Place) -> bool:
+    with contextlib.suppress(OSError):  # too long a name, a folder that may not be searched: opening it will tell
+        return path.is_dir()
+    return False
+
+
+def _is_file(path: Place) -> bool:
+    with contextlib.suppress(OSError):
+        return path.is_file()
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ one file
@@ -173,29 +188,33 @@ def _open_shards(index: Place, label: str) -> Checkpoint:
         raise FormatError(label, "has no 'weight_map', expected an index of shards: {tensor name: file name}")
     files: list[ByteSource] = []
     tensors: dict[str, TensorInfo] = {}
+    left_out: list[tuple[str, str]] = []
     try:
-        headers = {}
-        for shard in sorted({_shard_name(name, label) for name in table.values()}):
+        opened: dict[str, Checkpoint] = {}
+        shard_of = {key: _shard_name(name, label) for key, name in table.items()}
+        for shard in sorted(set(shard_of.values())):
             path = index.parent / shard
-            if not path.is_file():
+            if not _is_file(path):
                 raise FormatError(label, f"the shard {quote(shard)} is missing", "fetch all shards beside the index")
-            source = _open_source(path, f"{label} ({shard})")
-            headers[shard] = read_header(source, shard=len(files))
-            files.append(source)
+            opened[shard] = _open_file(path, f"{label} ({shard})")
+            files.extend(opened[shard].files)
         metadata: dict[str, str] = {}
-        for shard, header in headers.items():
-            metadata.update(header.metadata)
-            for key, info in header.tensors.items():
+        for number, (shard, checkpoint) in enumerate(opened.items()):
+            metadata.update(checkpoint.metadata)
+            left_out.extend(checkpoint.left_out)
+            for key, info in checkpoint.tensors.items():
+                what = f"tensor {quote(key)} stands in"
                 if key in tensors:
-                    raise FormatError(label, f"tensor {quote(key)} stands in two shards, {shard!r} is one of them")
-                if table.get(key) != shard:
-                    where = quote(table[key]) if key in table else "nowhere"
-                    raise FormatError(label, f"tensor {quote(key)} stands in {shard!r}, but the index says {where}")
-                tensors[key] = info
+                    first = list(opened)[tensors[key].shard]
+                    raise FormatError(label, f"{what} two shards, {quote(first)} and {quote(shard)}")
+                if shard_of.get(key) != shard:
+                    said = quote(shard_of[key]) if key in shard_of else "nowhere"
+                    raise FormatError(label, f"{what} {quote(shard)}, but the index says {said}")
+                tensors[key] = info._replace(shard=number)
         missing = [key for key in table if key not in tensors]
         if missing:
             raise FormatError(label, f"the index names tensors that no shard holds: {listing(missing)}")
-        return Checkpoint(label, "shards", files, tensors, metadata)
+        return Checkpoint(label, "shards", files, tensors, metadata, left_out)
     except BaseException:
         _close_all(files)
         raise
@@ -209,17 +228,19 @@ def _shard_name(name: object, label: str) -> str:
     parts = plain.split("/")
     if not plain or plain.startswith("/") or ".." in parts or ":" in parts[0] or "\0" in plain:
         raise FormatError(label, f"the shard {quote(name)} lies outside the index's folder, and is not read")
-    return plain
+    return str(PurePosixPath(plain))  # ./a and a are one file
 
 
 # ------------------------------------------------------------------------------------------------ folders
 
 
 def _open_folder(folder: Place, label: str) -> Checkpoint:
-    if (folder / "model_index.json").is_file():
+    if _is_file(folder / "model_index.json"):
         return _open_diffusers(folder, label)
     return _open_component(folder, label)
 
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\b")
 
 # Most exact first: a folder often holds half-precision and legacy copies of the same weights beside them.
 _COMPONENT_FILES = (
@@ -227,38 +248,45 @@ _COMPONENT_FILES = (
     "diffusion_pytorch_model.safetensors",
     "model.safetensors.index.json",
     "model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.fp16.json",
     "diffusion_pytorch_model.fp16.safetensors",
+    "model.safetensors.index.fp16.json",
     "model.fp16.safetensors",
     "adapter_model.safetensors",
     "pytorch_lora_weights.safetensors",
     "diffusion_pytorch_model.bin",
+    "pytorch_model.bin.index.json",
     "pytorch_model.bin",
     "adapter_model.bin",
     "pytorch_lora_weights.bin",
 )
 
 
-def _component_file(folder: Place) -> Place | None:
+def _component_file(folder: Place, label: str) -> Place | None:
+    """The weights in a component's folder; None if there are none. Raises UsageError if there are several."""
     for name in _COMPONENT_FILES:
-        if (folder / name).is_file():
+        if _is_file(folder / name):
             return folder / name
-    indexes: list[Place] = [*folder.glob("*.safetensors" + INDEX_SUFFIX)]
-    if len(indexes) == 1:
-        return indexes[0]
+    indexes: list[Place] = [p for p in folder.glob("*.safetensors.index*.json") if _INDEX.search(p.name)]
     singles: list[Place] = [*folder.glob("*.safetensors")]
-    return singles[0] if len(singles) == 1 and not indexes else None
+    if len(indexes) == 1 or (not indexes and len(singles) == 1):
+        return (indexes or singles)[0]
+    if singles:
+        found = listing(sorted(p.name for p in singles))
+        if not indexes and all(_SHARD.search(p.name) for p in singles):
+            raise UsageError(label, f"a folder of shards without their index: {found}", "fetch the index beside them")
+        raise UsageError(label, f"a folder with several models: {found}", "name one of them")
+    return None
 
 
 def _open_component(folder: Place, label: str) -> Checkpoint:
-    path = _component_file(folder)
+    path = _component_file(folder, label)
     if path is None:
-        found = sorted(p.name for p in folder.glob("*.safetensors"))
-        if found:
-            raise UsageError(label, f"a folder with several models: {listing(found)}", "name one of them")
+        held = sorted(p.name for p in folder.glob("*"))
         raise UsageError(
             label,
             "a folder without weights, expected a diffusers folder, shards with their index, or one file",
-            f"it holds {listing(sorted(p.name for p in folder.glob('*')))}",
+            f"it holds {listing(held)}" if held else "it is empty",
         )
     opened = _open(path, str(path))
     opened.label = label
@@ -273,18 +301,23 @@ def _open_diffusers(folder: Place, label: str) -> Checkpoint:
     files: list[ByteSource] = []
     tensors: dict[str, TensorInfo] = {}
     components: list[str] = []
+    left_out: list[tuple[str, str]] = []
     try:
-        for component in _components(index, label):
-            path = _component_file(folder / component) if (folder / component).is_dir() else None
+        for component, kind in _components(index, label):
+            where = f"{label} ({component})"
+            path = _component_file(folder / component, where) if _is_dir(folder / component) else None
             if path is None:
+                if not kind.endswith(_WEIGHTLESS):
+                    left_out.append((component, f"a {quote(kind)} without weights in its folder"))
                 continue
             try:
                 opened = _open(path, str(path))
             except WeightopsError as e:
-                raise type(e)(f"{label} ({component})", e.what, e.hint) from None
+                raise type(e)(where, e.what, e.hint) from None
             components.append(component)
+            left_out.extend((f"{component}.{key}", reason) for key, reason in opened.left_out)
             for file in opened.files:
-                file.label = f"{label} ({component})"
+                file.label = where
             for key, info in opened.tensors.items():
                 tensors[f"{component}.{key}"] = info._replace(shard=info.shard + len(files))
             files.extend(opened.files)
@@ -293,17 +326,22 @@ def _open_diffusers(folder: Place, label: str) -> Checkpoint:
         raise
     if not tensors:
         raise FormatError(label, "a diffusers folder without weights", "fetch the folders of its components too")
-    return Checkpoint(label, "diffusers", files, tensors, {}, [], tuple(components))
+    return Checkpoint(label, "diffusers", files, tensors, {}, left_out, tuple(components))
 
 
-def _components(index: Mapping[str, Any], label: str) -> Iterator[str]:
+# How the names of classes end that have settings, but no weights.
+_WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "FeatureExtractor", "Processor", "ProcessorFast")
+
+
+def _components(index: Mapping[str, Any], label: str) -> Iterator[tuple[str, str]]:
+    """Name and class of each component that the pipeline has."""
     for name, value in index.items():
         # {"unet": ["diffusers", "UNet2DConditionModel"], "feature_extractor": [null, null], "_class_name": …}
         if name.startswith("_") or not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             continue
         if not name.isidentifier():
             raise FormatError(label, f"model_index.json names a component {quote(name)}, expected a plain folder name")
-        yield name
+        yield name, value[-1] if value else "component"
 
 
 def _read_json(path: Place, label: str) -> dict[str, Any]:

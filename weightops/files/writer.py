@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightops.errors import OutputError
 from weightops.files.header import encode_header, layout
@@ -54,12 +54,14 @@ class SafetensorsWriter:
         self._header = encode_header(specs, metadata)
         self.size = len(self._header) + sum(spec.nbytes for spec in specs.values())
         self._check_target(inputs)
-        self._fd, self._named = self._create()
+        self._fd = -1
+        self._named: Path | None = None
         self._written = 0
         self._flushed = 0
         self._flushing = threading.Lock()
         self._lock = threading.Lock()
         try:
+            self._create()
             self._preallocate()
             self._write(0, memoryview(self._header))
         except BaseException:
@@ -71,12 +73,14 @@ class SafetensorsWriter:
     def _check_target(self, inputs: Sequence[ByteSource]) -> None:
         folder = self.path.parent
         if not os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises for what it may not look at
+            if os.path.lexists(folder):
+                raise OutputError(self.label, f"{str(folder)!r} is no folder")
             raise OutputError(self.label, f"the folder {str(folder)!r} does not exist", "make it first")
         if os.path.isdir(self.path):  # noqa: PTH112
             raise OutputError(self.label, "is a folder, expected the name of a file")
         if not os.access(folder, os.W_OK):
             raise OutputError(self.label, f"no permission to write into {str(folder)!r}")
-        if os.path.lexists(self.path) and not self.force:
+        if self._exists() and not self.force:
             with contextlib.suppress(OSError):
                 found = self.path.stat()
                 if any(isinstance(f, LocalFile) and f.same_file(found) for f in inputs):
@@ -90,6 +94,17 @@ class SafetensorsWriter:
             free = shutil.disk_usage(folder).free
             if free < self.size:
                 raise self._no_room(free)
+
+    def _exists(self) -> bool:
+        try:
+            os.lstat(self.path)
+        except FileNotFoundError:
+            return False
+        except OSError as e:
+            raise OutputError(self.label, f"cannot be written: {e.strerror}") from None
+        except ValueError:  # a NUL, or a surrogate that stands for no byte
+            raise OutputError(self.label, "no file can bear this name") from None
+        return True
 
     def _no_room(self, free: int | None = None) -> OutputError:
         left = "" if free is None else f", but {free:,} are free"
@@ -108,15 +123,27 @@ class SafetensorsWriter:
             )
         return OutputError(self.label, f"{what}: {e.strerror or e}")
 
-    def _create(self) -> tuple[int, Path | None]:
-        """A file descriptor to write to, and its name if it has one already."""
+    def _create(self) -> None:
+        """Make the file to write to: with no name where that is to be had, else under a hidden one."""
         self._clear_leftovers()
         flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         unnamed = getattr(os, "O_TMPFILE", None)
         if unnamed is not None and self._names_unnamed(flags | unnamed):
             with contextlib.suppress(OSError):
-                return os.open(self.path.parent, flags | unnamed, 0o666), None
-        return self._create_named(flags)
+                self._fd = os.open(self.path.parent, flags | unnamed, 0o666)
+                return
+        flags |= os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        while True:
+            self._named = self._part_name()  # before it is made, so that Ctrl-C just after leaves nothing
+            try:
+                self._fd = os.open(self._named, flags, 0o666)
+            except OSError as e:
+                self._named = None
+                raise self._failed(e, "cannot be written") from None
+            _lock(self._fd, wait=True)
+            if os.name == "nt" or os.fstat(self._fd).st_nlink:
+                return
+            self._close_fd()  # another run, clearing leftovers, came between the opening and the lock
 
     def _names_unnamed(self, flags: int) -> bool:
         """Can a file without a name be given one here? Better asked now than found out when all is written."""
@@ -126,24 +153,14 @@ class SafetensorsWriter:
             try:
                 _lock(fd, wait=False)
                 _give_name(fd, name)
-                name.unlink()
             finally:
                 os.close(fd)
         except (OSError, AttributeError, NotImplementedError):
             return False
+        finally:
+            with contextlib.suppress(OSError):
+                name.unlink()
         return True
-
-    def _create_named(self, flags: int) -> tuple[int, Path]:
-        while True:
-            name = self._part_name()
-            try:
-                fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
-            except OSError as e:
-                raise self._failed(e, "cannot be written") from None
-            _lock(fd, wait=True)
-            if os.fstat(fd).st_nlink or os.name == "nt":
-                return fd, name
-            os.close(fd)  # another run's clearing came between the opening and the lock, and took it for a leftover
 
     def _part_name(self) -> Path:
         return self.path.with_name(f"{self._part_start()}{secrets.token_hex(4)}{_SUFFIX}")
@@ -154,18 +171,20 @@ class SafetensorsWriter:
     def _clear_leftovers(self) -> None:
         """Remove what an earlier run that was killed left beside the target; a run still at work holds its lock."""
         start = self._part_start()
+        stale: list[Path] = []
         with contextlib.suppress(OSError), os.scandir(self.path.parent) as entries:
-            stale = [e.path for e in entries if e.name.startswith(start) and e.name.endswith(_SUFFIX)]
-            for path in stale:
-                with contextlib.suppress(OSError):
-                    fd = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
-                    unlocked = _lock(fd, wait=False)
-                    if os.name == "nt":
-                        os.close(fd)
-                    if unlocked:
-                        Path(path).unlink()
-                    if os.name != "nt":
-                        os.close(fd)
+            stale = [Path(e.path) for e in entries if e.name.startswith(start) and e.name.endswith(_SUFFIX)]
+        for path in stale:
+            with contextlib.suppress(OSError):
+                if os.name == "nt":
+                    path.unlink()  # refused while it is open anywhere
+                    continue
+                fd = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+                try:
+                    if _lock(fd, wait=False):
+                        path.unlink()
+                finally:
+                    os.close(fd)
 
     def _preallocate(self) -> None:
         """Claim all the room now, so that a full disk shows before the work and not after an hour of it."""
@@ -273,12 +292,14 @@ class SafetensorsWriter:
 
     def close(self) -> None:
         """Let go; whatever was not committed is gone."""
-        with self._flushing:
-            self._close_fd()
-        if self._named is not None:
-            with contextlib.suppress(OSError):
-                self._named.unlink()
-            self._named = None
+        try:
+            with self._flushing:
+                self._close_fd()
+        finally:
+            if self._named is not None:
+                with contextlib.suppress(OSError):
+                    self._named.unlink()
+                self._named = None
 
     def _close_fd(self) -> None:
         fd, self._fd = self._fd, -1
@@ -343,22 +364,18 @@ def _sync_folder(folder: Path) -> None:
 def uninterrupted() -> Iterator[None]:
     """Keep Ctrl-C and SIGTERM from the block, so that nothing is left half renamed.
 
-    They are dropped, not put off: the output is in place by then, and a run that succeeded says so. Python runs its handlers in the main thread only, so anywhere else there is nothing to put off.
+    They are dropped, not put off: the output is in place by then, and a run that succeeded says so. Python runs
+    its handlers in the main thread only, so anywhere else there is nothing to keep off.
     """
-    if threading.current_thread() is not threading.main_thread():
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                if number is not None and (handler := signal.getsignal(number)) is not None:
+                    # Registered first: another of the three may still break in between these two lines.
+                    stack.callback(signal.signal, number, handler)
+                    signal.signal(number, _drop)
         yield
-        return
-    kept: dict[int, Any] = {}
-    try:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None and (handler := signal.getsignal(number)) is not None:
-                kept[number] = handler  # before the change: the one before last may break in between the two
-                signal.signal(number, _drop)
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 def _drop(_number: int, _frame: object) -> None:

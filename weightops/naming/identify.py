@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING
 
@@ -159,6 +160,7 @@ _CONTROL = ("controlnet_cond_embedding.conv_in.weight", "input_hint_block.0.weig
 _BEGINNINGS = tuple(prefix for prefix, _ in PREFIXES)
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def _prefix_of(key: str) -> tuple[str, str] | None:
     if not key.startswith(_BEGINNINGS) or key.startswith(_BARE):
         return None

@@ -39,9 +39,7 @@ class Files(NamedTuple):
     whole: str
 
     def unchanged(self) -> bool:
-        return [hash_of(p) for p in (self.a, self.b)] == [
-            (self.a.parent / "hashes").read_text().split()[n] for n in (0, 1)
-        ]
+        return f"{hash_of(self.a)} {hash_of(self.b)}" == (self.a.parent / "hashes").read_text()
 
 
 def hash_of(path: Path) -> str:
@@ -97,8 +95,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """Of 96 MB in 12,000 tensors: a run that takes long enough to be met at work."""
-    return make(tmp_path_factory.mktemp("many"), 12_000, 8_000)
+    """Of 75 MB in 5,000 tensors: a run that takes long enough to be met at work."""
+    return make(tmp_path_factory.mktemp("many"), 5000, 15_000)
 
 
 @pytest.fixture(scope="module")
@@ -387,7 +385,7 @@ def test_a_reader_that_leaves_early_is_no_error_to_talk_about(many: Files, more:
 @linux
 def test_peak_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     peaks = []
-    for count in (20, 200):
+    for count in (60, 240):  # 125 and 500 MB
         path = sparse(tmp_path / f"{count}.safetensors", "F16", count, 1 << 20, 2)
         command = [sys.executable, str(CLI), "inspect", str(path), "--stats", "--memory", "48MiB", "--threads", "2"]
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -396,4 +394,4 @@ def test_peak_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         assert run.returncode == 0
         peaks.append(usage.ru_maxrss / 1024)
     small, large = peaks
-    assert large < small + 24
+    assert large < small + 32

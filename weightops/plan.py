@@ -55,7 +55,7 @@ class Input:
 class Task:
     """One piece of work: `compute=None` copies the bytes of the one input to the one output.
 
-    `work_nbytes` are the bytes of working copies that `compute` makes for each row of a block.
+    `work_nbytes` are the bytes of working copies that `compute` makes for a block, at most.
     With ROWS, all slots that are not shared have equally many rows.
     """
 

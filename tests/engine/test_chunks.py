@@ -160,11 +160,11 @@ def test_with_whole_tensors_each_slot_counts_whole() -> None:
 
 
 def test_working_copies_are_counted_for_one_block() -> None:
-    task = rows("F16", 4 * BLOCK_VALUES, work=32)
+    task = rows("F16", 4 * BLOCK_VALUES, work=3200)
     buffers = 3 * 2 * BLOCK_VALUES
-    assert chunk_cost(task, 100) == 3 * 2 * 100 + 32 * 100
-    assert chunk_cost(task, BLOCK_VALUES) == buffers + 32 * BLOCK_VALUES
-    assert chunk_cost(task, 4 * BLOCK_VALUES) == 4 * buffers + 32 * BLOCK_VALUES
+    assert chunk_cost(task, 100) == 3 * 2 * 100 + 3200
+    assert chunk_cost(task, BLOCK_VALUES) == buffers + 3200
+    assert chunk_cost(task, 4 * BLOCK_VALUES) == 4 * buffers + 3200
 
 
 def test_empty_tensors_need_no_chunks() -> None:
@@ -183,7 +183,7 @@ def test_a_scalar_is_one_row() -> None:
         (copy("F64", 5000, 5000), 8 * BLOCK_VALUES),
         (copy("F64", 10), 80),
         (rows("F16", 5000, 5000), 3 * (BLOCK_VALUES // 5000) * 5000 * 2),
-        (rows("F16", 5_000_000, work=32), (3 * 2 + 32) * BLOCK_VALUES),
+        (rows("F16", 5_000_000, work=32 * BLOCK_VALUES), (3 * 2 + 32) * BLOCK_VALUES),
         (rows("F32", 2000, 2000, grain=Grain.TENSOR), 48_000_000),
     ],
 )

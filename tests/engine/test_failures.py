@@ -77,7 +77,7 @@ class Case:
                     (Input(0, self.source.slot("w")),),
                     (Slot("computed", spec.flat()),),
                     compute,
-                    work_nbytes=WORK,
+                    work_nbytes=WORK * BLOCK,
                 ),
             ),
         )

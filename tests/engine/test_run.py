@@ -226,7 +226,7 @@ def test_buffers_never_take_more_than_the_budget(
     monkeypatch.setattr(engine.mmap, "mmap", _Counted)
     _Counted.live = _Counted.peak = 0
     plan = averaged(opened)
-    plan = replace(plan, tasks=tuple(replace(t, work_nbytes=16 if t.compute else 0) for t in plan.tasks))
+    plan = replace(plan, tasks=tuple(replace(t, work_nbytes=16 * BLOCK if t.compute else 0) for t in plan.tasks))
     outcome = run(plan, tmp_path / "out", memory=memory * MIB, threads=threads)
     assert 0 < outcome.peak_in_flight <= memory * MIB
     pages = 3 * (threads + 2) * mmap.PAGESIZE  # a scalar, too, takes a page
@@ -238,7 +238,7 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_made(
     opened: list[Checkpoint], tmp_path: Path
 ) -> None:
     plan = averaged(opened)
-    plan = replace(plan, tasks=tuple(replace(t, work_nbytes=32 if t.compute else 0) for t in plan.tasks))
+    plan = replace(plan, tasks=tuple(replace(t, work_nbytes=32 * BLOCK if t.compute else 0) for t in plan.tasks))
     needed = (3 * 2 + 32) * BLOCK
     with pytest.raises(MemoryRefused) as caught:
         run(plan, tmp_path / "out", memory=2 * MIB)

@@ -69,7 +69,7 @@ def chunk_cost(task: Task, rows: int) -> int:
         return rows  # a copy is written from the buffer into which it was read
     slots = [*((i.slot, i.shared) for i in task.inputs), *((slot, False) for slot in task.outputs)]
     spans = (slot_span(task, slot, 0, rows, shared=shared) for slot, shared in slots)
-    return task.work_nbytes * min(rows, block_rows(task)) + sum(stop - start for start, stop in spans)
+    return task.work_nbytes + sum(stop - start for start, stop in spans)
 
 
 def slot_span(task: Task, slot: Slot, start: int, stop: int, *, shared: bool) -> tuple[int, int]:

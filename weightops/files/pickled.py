@@ -54,10 +54,10 @@ def read_pickled(source: ByteSource, shard: int = 0) -> Pickled:
 
 
 class _File(io.RawIOBase):
-    """A source as a file of Python's, of which no more than `most` bytes are read at once."""
+    """A source as a file of Python's."""
 
-    def __init__(self, source: ByteSource, most: int) -> None:
-        self._source, self._most, self._at = source, most, 0
+    def __init__(self, source: ByteSource) -> None:
+        self._source, self._at = source, 0
 
     def readable(self) -> bool:
         return True
@@ -73,16 +73,19 @@ class _File(io.RawIOBase):
 
     def readinto(self, out: Any) -> int:
         view = memoryview(out)[: max(self._source.size - self._at, 0)]
-        if len(view) > self._most:
-            what = f"lists its contents in {len(view):,} bytes or more, expected at most {self._most:,}"
-            raise FormatError(self._source.label, what)
         self._source.read_into(self._at, view)
         self._at += len(view)
         return len(view)
 
+    def read(self, n: int = -1, /) -> bytes:
+        if n > MAX_DIRECTORY_BYTES:
+            what = f"a zip archive with a directory of {n:,} bytes, expected at most {MAX_DIRECTORY_BYTES:,}"
+            raise FormatError(self._source.label, what)
+        return super().read(n) or b""
+
 
 def _machine(source: ByteSource, start: int, stop: int) -> Machine:
-    return Machine(source.label, io.BufferedReader(_File(source, MAX_PICKLE_BYTES), 64 << 10), start, stop)
+    return Machine(source.label, io.BufferedReader(_File(source), 64 << 10), start, stop)
 
 
 def _entries(source: ByteSource) -> dict[str, ZipInfo]:
@@ -90,7 +93,7 @@ def _entries(source: ByteSource) -> dict[str, ZipInfo]:
     import zipfile  # draws in every compressor of the standard library
 
     try:
-        with zipfile.ZipFile(io.BufferedReader(_File(source, MAX_DIRECTORY_BYTES))) as archive:
+        with zipfile.ZipFile(_File(source)) as archive:
             infos = archive.infolist()
     except WeightopsError:
         raise
@@ -283,7 +286,7 @@ class _Flattening:
 
     def _unwrap(self, root: object, holders: set[int]) -> object:
         """The weights of a checkpoint that names them so; what stands beside them is left out, in words."""
-        named = dict(members(root))
+        named = {} if isinstance(root, list | tuple) else dict(members(root))
         beside = any(_is_tensor(value) for value in named.values())
         wrappers = _WRAPPERS[:1] if beside else _WRAPPERS
         wrapper = next((name for name in wrappers if id(named.get(name)) in holders), None)

@@ -65,12 +65,22 @@ class Absent:
     reason: str
 
 
-@dataclass(slots=True, eq=False)
-class Inert:
-    """A class or function, never imported; or, where `args` are given, what stands for the result of calling it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Global:
+    """A class or function, of which only the name is known."""
 
     name: str
-    args: tuple[object, ...] | None = None
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+@dataclass(slots=True, eq=False)
+class Inert:
+    """Stands for what calling `name` would have made: keeps what it is given, and does nothing."""
+
+    name: str
+    args: tuple[object, ...]
     content: dict[object, object] | list[object] | None = None
     state: object = None
 
@@ -94,8 +104,8 @@ def members(value: Any) -> Iterable[tuple[object, object]]:
 def words(value: object) -> str:
     if value is None:
         return "None"
-    if isinstance(value, Inert | TorchDtype):
-        return f"{'the name' if getattr(value, 'args', None) is None else 'an object of'} {quote(value.name)}"
+    if isinstance(value, Inert | Global | TorchDtype):
+        return f"{'an object of' if isinstance(value, Inert) else 'the name'} {quote(value.name)}"
     kind = "tensor" if isinstance(value, View | Absent) else type(value).__name__.lower()
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
@@ -221,7 +231,7 @@ def _key(key: object) -> object:
     """A dict's key as it is safe to hash: a deep tuple overflows the C stack, chosen numbers make a dict quadratic."""
     if key is None or type(key) in (str, bytes, bool) or (type(key) is int and abs(key) < 2**60):
         return key
-    if isinstance(key, Inert | TorchDtype | View | Absent):
+    if isinstance(key, Global | Inert | TorchDtype | View | Absent):
         return key  # by identity
     parts = key if type(key) is tuple else (key,)
     if len(parts) <= 8 and all(p is None or type(p) in (str, bytes, bool, int, float) for p in parts):
@@ -305,7 +315,7 @@ class Machine(pickle._Unpickler):
         if full in _DTYPES:
             return _DTYPES[full]
         if full in _FUNCTIONS or full in _DICTS or full in _INERT or full.startswith(_INERT_PACKAGES):
-            return Inert(full)
+            return Global(full)
         if not all(part.isidentifier() for part in full.split(".")):
             raise _Malformed(f"{quote(full)}, which is no name of a class")
         raise UnsafeError(
@@ -318,7 +328,7 @@ class Machine(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> object:
         match pid:
-            case ("module", Inert() as named, _, _):
+            case ("module", Global() as named, _, _):
                 return named  # a class of torch.nn, which files before torch 1.6 give with its source
             case ("storage", TorchDtype() as dtype, str(key), _, count, *view):
                 (values,) = _numbers((count,), "storage sizes")
@@ -335,7 +345,7 @@ class Machine(pickle._Unpickler):
 
     def _call(self, args: object) -> None:
         func = self.stack[-1]
-        if not isinstance(func, Inert) or func.args is not None or type(args) is not tuple:
+        if not isinstance(func, Global) or type(args) is not tuple:
             raise _Malformed(f"a call of {words(func)}")
         if func.name in _DICTS:
             self.stack[-1] = self._dict(args[-1] if args else None)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Weights = Sequence[float]
 
+SMALL = 64 * 1024  # values
+WORKING_VALUES = 128 * 1024  # at a time: their working copies stay in the cache
+
 METHODS: Registry[MergeMethod] = Registry("merge method", "weightops.merging.methods")
 
 
@@ -76,14 +79,27 @@ class MergeMethod:
         return values
 
     def apply(self, models: Sequence[Tensor], out: Tensor, parameters: Mapping[str, Any]) -> None:
-        """Fill `out`: computed in float32 (float64 where a float32 is read or written), rounded once."""
+        """Fill `out`: computed in float32, or float64 where a float32 is read or written, and rounded once.
+
+        Flat tensors (one axis, the values of an elementwise method) are computed a part at a time.
+        """
         import torch
 
-        if self.shortcut is not None and self.shortcut(models, out, **parameters):
+        small = out.numel() <= SMALL
+        if not small and self.shortcut is not None and self.shortcut(models, out, **parameters):
             return
-        wide = any(t.dtype in (torch.float32, torch.float64) for t in (*models, out))
+        # Small tensors are the norms and biases, whose values are large and whose time is none.
+        wide = small or any(t.dtype in (torch.float32, torch.float64) for t in (*models, out))
         working = torch.float64 if wide else torch.float32
-        store(self.function(*(m.to(working) for m in models), **parameters), out)
+        step = WORKING_VALUES if out.ndim == 1 else max(len(out), 1) if out.ndim else 1
+        parts = (out.split(step), *(m.split(step) for m in models)) if out.ndim else ((out,), *((m,) for m in models))
+        for into, *given in zip(*parts, strict=True):
+            store(self.function(*(m.to(working) for m in given), **parameters), into)
+
+    def work_nbytes(self, models: int, values: int, *, flat: bool) -> int:
+        """Bytes of working copies that `apply` makes at most, for blocks of `values` values of so many models."""
+        # In float64: each model, the result, and one temporary.
+        return 8 * (models + 2) * (min(values, WORKING_VALUES) if flat else values)
 
 
 def store(result: Tensor, out: Tensor) -> None:

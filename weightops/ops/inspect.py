@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from weightops.engine.chunks import DEFAULT_MEMORY
+from weightops.engine.chunks import BLOCK_VALUES, DEFAULT_MEMORY
 from weightops.errors import UsageError, quote
 from weightops.files.checkpoint import Checkpoint, open_checkpoint
 from weightops.files.dtypes import ARITHMETIC
@@ -163,7 +163,7 @@ def _stats(
             (Input(0, Slot(key, opened.tensors[key].spec.flat())),),
             (),
             _block_stats,
-            work_nbytes=24,
+            work_nbytes=24 * min(opened.tensors[key].spec.values, BLOCK_VALUES),
         )
         for key in names
     )

@@ -432,8 +432,9 @@ class _Planner:
             (Slot(key, spec.flat() if elementwise else spec),),
             compute,
             Grain.ROWS if compute in (None, _cast) else self.settings.method.grain,
-            # float64 at worst: a working copy of each model, the sum, and one temporary
-            work_nbytes=0 if compute is None else 8 * (len(parts) + 2) * (1 if elementwise else spec.row_values),
+            work_nbytes=0
+            if compute is None
+            else self.settings.method.work_nbytes(len(parts), spec.values, flat=elementwise),
         )
         (self.copies if compute is None else self.merges).append(task)
 

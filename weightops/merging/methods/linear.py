@@ -23,7 +23,21 @@ def _lerp(models: Sequence[Tensor], out: Tensor, *, weights: Weights) -> bool:
     if any(t.dtype not in (torch.float16, torch.bfloat16) or t.dtype != out.dtype for t in models):
         return False
     torch.lerp(models[0], models[1], weights[1], out=out)
+    if out.dtype is torch.bfloat16:
+        _mend(models, out, weights)
     return True
+
+
+def _mend(models: Sequence[Tensor], out: Tensor, weights: Weights) -> None:
+    """Where two models nearly cancel, float32's last bit is more than BF16's: do those few values in float64.
+
+    float32 is off by 2⁻²³ of the larger operand at most, which is over one unit of the result only where that
+    is below 2⁻¹⁵ of it. F16 has no such small numbers beside operands up to 1.
+    """
+    cancelled = out.abs().mul_(2.0**14) < models[0].abs()
+    if cancelled.any():
+        a, b = (m[cancelled].double() for m in models)
+        out[cancelled] = (a * weights[0] + b * weights[1]).to(out.dtype)
 
 
 @merge_method(Grain.ROWS, shortcut=_lerp)

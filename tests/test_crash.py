@@ -28,7 +28,10 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks i
 # The command line on a lesser system: this code runs before it.
 PRELUDE = "import os, sys; {code}; from weightops.cli.main import console; console()"
 NAMED = "vars(os).pop('O_TMPFILE', None)"  # the file in the making has a hidden name
-NO_CLAIM = "vars(os).pop('posix_fallocate', None); import shutil; shutil.disk_usage = lambda _: shutil._ntuple_diskusage(1 << 60, 0, 1 << 60)"  # noqa: E501
+NO_CLAIM = (  # and room can neither be asked for nor claimed
+    "import shutil; vars(os).pop('posix_fallocate', None); "
+    "shutil.disk_usage = lambda _: type('Usage', (), {'free': 1 << 60})"
+)
 
 
 class Files(NamedTuple):

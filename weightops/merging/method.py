@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightops.errors import UsageError, quote
+from weightops.plan import Grain
 from weightops.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from weightops.plan import Grain
 
 Weights = Sequence[float]
 
@@ -81,7 +80,7 @@ class MergeMethod:
     def apply(self, models: Sequence[Tensor], out: Tensor, parameters: Mapping[str, Any]) -> None:
         """Fill `out`: computed in float32, or float64 where a float32 is read or written, and rounded once.
 
-        Flat tensors (one axis, the values of an elementwise method) are computed a part at a time.
+        Where any row may be computed apart, flat tensors are computed a part at a time.
         """
         import torch
 
@@ -91,10 +90,12 @@ class MergeMethod:
         # Small tensors are the norms and biases, whose values are large and whose time is none.
         wide = small or any(t.dtype in (torch.float32, torch.float64) for t in (*models, out))
         working = torch.float64 if wide else torch.float32
-        step = WORKING_VALUES if out.ndim == 1 else max(len(out), 1) if out.ndim else 1
-        parts = (out.split(step), *(m.split(step) for m in models)) if out.ndim else ((out,), *((m,) for m in models))
-        for into, *given in zip(*parts, strict=True):
-            store(self.function(*(m.to(working) for m in given), **parameters), into)
+        whole = self.grain is Grain.TENSOR or out.ndim != 1
+        step = max(out.numel(), 1) if whole else WORKING_VALUES
+        for start in range(0, max(out.numel(), 1), step):
+            part = ... if whole else slice(start, start + step)
+            result = self.function(*(m[part].to(working) for m in models), **parameters)
+            store(result, out[part])
 
     def work_nbytes(self, models: int, values: int, *, flat: bool) -> int:
         """Bytes of working copies that `apply` makes at most, for blocks of `values` values of so many models."""

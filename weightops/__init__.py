@@ -8,15 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weightops.ops.convert import convert
     from weightops.ops.inspect import inspect
     from weightops.ops.merge import merge
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "inspect", "merge"]
+__all__ = ["__version__", "convert", "inspect", "merge"]
 
 # Imported when first asked for, so that `import weightops` costs nothing. No subpackage may have a verb's name:
 # importing it would put the module in the function's place.
-_VERBS = {"inspect": "weightops.ops.inspect", "merge": "weightops.ops.merge"}
+_VERBS = {"convert": "weightops.ops.convert", "inspect": "weightops.ops.inspect", "merge": "weightops.ops.merge"}
 
 
 def __getattr__(name: str) -> Any:

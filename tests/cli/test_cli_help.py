@@ -18,7 +18,7 @@ from conftest import CLI, save
 from weightops import __version__
 from weightops.cli.main import ENTRIES, main
 from weightops.files.dtypes import DTYPE_WORDS
-from weightops.ops.merge import DROPPABLE
+from weightops.naming.identify import DROPPABLE
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,10 +14,13 @@ from weightops.errors import MismatchError, UsageError
 from weightops.files.checkpoint import Checkpoint
 from weightops.files.dtypes import ARITHMETIC
 from weightops.files.tensor import TensorInfo, TensorSpec
-from weightops.ops.merge import DROPPABLE, Planned, _settings, plan_merge
+from weightops.naming.identify import DROPPABLE
+from weightops.ops.merge import _settings, plan_merge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from weightops.ops.produce import Planned
 
 NAMES = [
     "model.diffusion_model.a",

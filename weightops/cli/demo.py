@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightops.cli import render
-from weightops.cli.main import emit_json, main
+from weightops.cli.main import main
 from weightops.errors import ValueRefused
 from weightops.files.checkpoint import Checkpoint, open_checkpoint
 from weightops.files.tensor import Slot, TensorSpec
@@ -89,7 +89,7 @@ def _demo(as_json: bool) -> None:
     _say(out, "4", "Check every value by plain arithmetic in float64")
     found = _compare()
     if as_json:
-        emit_json({"command": "demo", "alpha": ALPHA, **found})
+        render.emit_json({"command": "demo", "alpha": ALPHA, **found})
         return
     assert out is not None
     out.print(f"{found['merged_values']:,} merged values: at most {found['largest_ulp']:.2f} ulp from 0.3·a + 0.7·b")

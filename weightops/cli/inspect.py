@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from weightops.cli import options, render
-from weightops.cli.main import emit_json, print_error
+from weightops.cli.main import print_error
 from weightops.errors import UsageError, WeightopsError
 from weightops.ops.inspect import inspect
 
@@ -54,7 +54,7 @@ def command(files: tuple[str, ...], tensors: str | None, as_json: bool, verbose:
         found.append(one)
         documents.append(one.to_dict())
     if as_json:
-        emit_json(documents[0] if len(files) == 1 else documents)
+        render.emit_json(documents[0] if len(files) == 1 else documents)
     elif len(found) == 1:
         render.inspection(found[0], verbose=verbose)
     elif found and (tensors is not None or rest["stats"] or rest["hashes"] or verbose):

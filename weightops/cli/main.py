@@ -32,6 +32,7 @@ class Entry(NamedTuple):
 ENTRIES: tuple[Entry, ...] = (
     Entry("inspect", "Look", "What is this file? Kind, architecture, components, dtypes, metadata."),
     Entry("merge", "Checkpoints", "Two or more models into one, every tensor accounted for."),
+    Entry("convert", "Files", "Any file that can be read, as one safetensors file."),
     Entry("demo", "Start here", "A small real merge, made and checked on the spot."),
 )
 
@@ -165,10 +166,3 @@ def print_error(text: str, hint: str | None) -> None:
 def one_line(text: str) -> str:
     """Whatever a file put into a message, it stays one line that no terminal acts on."""
     return printable(" ".join(text.splitlines()))
-
-
-def emit_json(document: Any) -> None:
-    """One JSON document on stdout."""
-    import json
-
-    click.echo(json.dumps(document, ensure_ascii=True, indent=2, allow_nan=False))

@@ -7,10 +7,9 @@ from typing import Any
 import click
 
 from weightops.cli import options, render
-from weightops.cli.main import emit_json
 from weightops.errors import UsageError
 from weightops.merging.method import METHODS
-from weightops.ops.merge import DROPPABLE, merge
+from weightops.ops.merge import merge
 
 
 def _list_methods(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -24,13 +23,9 @@ def _list_methods(ctx: click.Context, _param: click.Parameter, value: bool) -> N
     ctx.exit()
 
 
-def _drop(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in value.split(",") if word.strip())
-
-
 @click.command("merge", short_help="Two or more models into one.")
 @click.argument("models", metavar="MODEL…", nargs=-1, required=True)
-@click.option("--alpha", type=float, help="Two models: (1-X)·A + X·B; with --base C, A + X·(B - C).  [default: 0.5; 1]")
+@click.option("--alpha", type=float, metavar="X", help="Two models: (1-X)·A + X·B; with --base C, A + X·(B - C).  [default: 0.5; 1]")
 @click.option("--weights", type=options.Numbers(), help="One weight per model, normalised to a sum of 1.")
 @click.option("--no-normalize", is_flag=True, help="Take --weights as they are.")
 @click.option("--base", metavar="FILE", help="Add differences from this model: base + Σ wᵢ·(modelᵢ - base).")
@@ -41,10 +36,10 @@ def _drop(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str
 @click.option("--vae", metavar="N|merge|FILE", default="1", show_default=True,
               help="Whose VAE is kept. A merged VAE spoils colours; a file that is only a VAE is merged.")  # fmt: skip
 @click.option("--text-encoder", metavar="N|merge", default="merge", show_default=True, help="Whose text encoders.")
-@click.option("--drop", metavar="NAME,…", default="", callback=_drop, help=f"Leave out: {', '.join(DROPPABLE)}.")
+@options.drop
 @click.option("--on-mismatch", type=click.Choice(["error", "keep-first"]), default="error", show_default=True,
               help="Tensors of one name and different shapes.")  # fmt: skip
-@click.option("--allow-nonfinite", is_flag=True, help="Write NaN and Inf instead of refusing them.")
+@options.allow_nonfinite
 @options.writing
 @options.running
 @options.speaking
@@ -66,13 +61,7 @@ def command(
             *models, normalize=not no_normalize, parameters=_parameters(settings), check=verify,
             on_progress=on_progress, **rest,
         )  # fmt: skip
-    if as_json:
-        emit_json(report.to_dict())
-    elif not quiet:
-        render.report(report, verbose=verbose)
-    else:
-        for text in report.warnings:
-            render.print_warning(text)
+    render.finished(report, as_json=as_json, quiet=quiet, verbose=verbose)
 
 
 def _parameters(settings: tuple[str, ...]) -> dict[str, str]:

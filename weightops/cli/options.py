@@ -11,6 +11,7 @@ import click
 
 from weightops.errors import UsageError, quote
 from weightops.files.dtypes import DTYPE_WORDS
+from weightops.naming.identify import DROPPABLE
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -72,13 +73,23 @@ dtype = click.option(
     show_default=True,
     help="Of the output; keep: the first input's, tensor by tensor.",
 )
-device = click.option("--device", default="auto", show_default=True, callback=_device, help="auto, cpu, cuda, cuda:1 …")
+
+
+def _words(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in value.split(",") if word.strip())
+
+
+drop = click.option("--drop", metavar="NAME,…", default="", callback=_words, help=f"Leave out: {', '.join(DROPPABLE)}.")
+allow_nonfinite = click.option("--allow-nonfinite", is_flag=True, help="Write NaN and Inf instead of refusing them.")
+device = click.option(
+    "--device", metavar="NAME", default="auto", show_default=True, callback=_device, help="auto, cpu, cuda, cuda:1 …"
+)
 memory = click.option(
     "--memory", type=Size(), default="128MiB", show_default=True, help="Bytes in flight; torch itself comes on top."
 )
-threads = click.option("--threads", type=click.IntRange(1, 256), help="Computing threads.  [default: the usable cores]")
+threads = click.option("--threads", type=click.IntRange(1, 256), metavar="N", help="Computing threads.  [default: the usable cores]")
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else there.")
-quiet = click.option("-q", "--quiet", is_flag=True, help="No report and no progress; errors are still shown.")
+quiet = click.option("-q", "--quiet", is_flag=True, help="No report and no progress; warnings and errors remain.")
 verbose = click.option("-v", "--verbose", is_flag=True, help="Name every key, and show values whole.")
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+import click
 
 from weightops.errors import printable
 
@@ -26,7 +30,7 @@ def console(*, error: bool = False) -> Console:
     # Names from files are data: markup, emoji codes and highlighting are off, so that none of it is acted on.
     found = Console(stderr=error, markup=False, emoji=False, highlight=False, soft_wrap=False)
     if not found.is_terminal:
-        found.width = max(found.width, 110)
+        found.width = 1000  # in a pipe or a file a row stays one line, which can be searched
     return found
 
 
@@ -35,7 +39,9 @@ def table(*columns: str, right: tuple[int, ...] = ()) -> Table:
 
     drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for number, name in enumerate(columns):
-        drawn.add_column(name, justify="right" if number in right else "left", overflow="fold")
+        drawn.add_column(
+            name, justify="right" if number in right else "left", overflow="fold", no_wrap=number in right
+        )
     return drawn
 
 
@@ -72,11 +78,28 @@ def progress(title: str, *, quiet: bool) -> Iterator[Progress]:
         TimeRemainingColumn(), console=console(error=True), transient=True,
     )  # fmt: skip
     with bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        # Hidden while headers are read and torch is imported: until then there is nothing to count.
+        task = bar.add_task(title, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
 # ------------------------------------------------------------------------------------------------ reports
+
+
+def emit_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(document, ensure_ascii=True, indent=2, allow_nan=False))
+
+
+def finished(found: Report, *, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """The report of a verb that wrote a file, in the way that was asked for."""
+    if as_json:
+        emit_json(found.to_dict())
+    elif not quiet:
+        report(found, verbose=verbose)
+    else:
+        for text in found.warnings:
+            print_warning(text)
 
 
 def report(found: Report, *, verbose: bool) -> None:
@@ -85,10 +108,10 @@ def report(found: Report, *, verbose: bool) -> None:
         out.print(printable(found.summary), style="bold", soft_wrap=True)
     if found.groups:
         out.print()
-        counts = [k for k in ("tensors", "merged", "copied", "dropped") if any(g[k] for g in found.groups)]
+        counts = [k for k in ("tensors", "merged", "cast", "copied", "dropped") if any(g.get(k) for g in found.groups)]
         drawn = table("component", *counts, right=tuple(range(1, len(counts) + 1)))
         for group in found.groups:
-            drawn.add_row(group["component"], *(f"{group[k]:,}" if group[k] else "-" for k in counts))
+            drawn.add_row(group["component"], *(f"{group[k]:,}" if group.get(k) else "-" for k in counts))
         out.print(drawn)
     _unused(out, found, verbose)
     for text in found.warnings:
@@ -96,7 +119,7 @@ def report(found: Report, *, verbose: bool) -> None:
     out.print()
     for entry in found.inputs:
         hashed = f"  {entry['hash']}" if entry["hash"] and verbose else ""
-        verb = "reads" if found.dry_run else "read"
+        verb = "would read " if found.dry_run else "read "
         out.print(f"{verb:<7}{printable(entry['path'])}  {size(entry['bytes'])}{hashed}", soft_wrap=True)
     if found.dry_run:
         out.print(f"would write {printable(found.output or '')}  {size(found.bytes_written)}", soft_wrap=True)
@@ -193,11 +216,11 @@ def inspection(found: Inspection, *, verbose: bool) -> None:
 
 def recipe_words(text: str) -> str | None:
     """A recipe of ours in words, or None where it is not one: it comes from a file, and may hold anything."""
-    import json
-
     try:
         recipe: Any = json.loads(text) if len(text) < 1_000_000 else None
         names = ", ".join(str(entry["name"]) for entry in recipe["inputs"])
+        if recipe["command"] == "convert":
+            return f"convert of {names}, dtype {recipe['dtype']} (weightops {recipe['version']})"
         parameters = recipe["parameters"].items()
         settings = ", ".join(
             f"{k} {', '.join(f'{x:g}' for x in v) if isinstance(v, list) else v}" for k, v in parameters
@@ -282,7 +305,7 @@ def _stats_summary(out: Console, found: Inspection) -> None:
     finite = [s for s in found.stats.values() if s.low is not None]
     if finite:
         low, high = min(s.low for s in finite if s.low is not None), max(s.high for s in finite if s.high is not None)
-        norm = sum(s.norm**2 for s in finite) ** 0.5
+        norm = math.hypot(*(s.norm for s in finite))
         zero = sum(s.norm == 0 for s in finite)
         words = f"{len(found.stats):,} floating tensors: norm {norm:.5g}, values {low:.4g} … {high:.4g}"
         out.print(words + (f", {zero:,} all zero" if zero else ""))

@@ -167,6 +167,10 @@ def _prefix_of(key: str) -> tuple[str, str] | None:
     return next((row for row in PREFIXES if key.startswith(row[0])), None)
 
 
+# Components that a user may leave out of a file.
+DROPPABLE = ("ema", "optimizer", "schedule", "vae", "text_encoder", "safety_checker")
+
+
 def component_of(key: str) -> str | None:
     """The component that a key's beginning names, None where it names none (a file of one component)."""
     found = _prefix_of(key)
@@ -175,6 +179,11 @@ def component_of(key: str) -> str | None:
     if key in SCHEDULE:
         return "schedule"
     return "marker" if key in MARKERS else None
+
+
+def family_of(component: str) -> str:
+    """text_encoder for each of several text encoders; anything else is itself."""
+    return "text_encoder" if component.startswith("text_encoder") else component
 
 
 def body_of(key: str) -> str:
@@ -222,7 +231,8 @@ def kind_of(tensors: Mapping[str, TensorInfo]) -> str:
         return "unknown"
     if any(_ADAPTER.search(key) for key in tensors):
         return "lora"
-    found = {component_of(key) for key in tensors}
+    # Averages and optimizer states say how a file was trained, not what it is.
+    found = {component_of(key) for key in tensors} - {"ema", "optimizer"}
     bodies = {body_of(key) for key in tensors}
     if "controlnet" in found or any(mark in bodies for mark in _CONTROL):
         return "controlnet"
@@ -230,7 +240,7 @@ def kind_of(tensors: Mapping[str, TensorInfo]) -> str:
         return "checkpoint"
     if found == {"vae"} or (found == {None} and any(mark in bodies for mark in _VAE)):
         return "vae"
-    if found <= _TEXT_ENCODERS:
+    if found and found <= _TEXT_ENCODERS:
         return "text_encoder"
     if found == {None} and any(all(mark in bodies for mark in marks) for marks in _TEXT):
         return "unknown" if any(key.startswith(_WHOLE) for key in tensors) else "text_encoder"

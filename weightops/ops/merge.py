@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
 from weightops.engine.chunks import DEFAULT_MEMORY
-from weightops.engine.run import PLACEHOLDER, Progress, ignore, run
+from weightops.engine.run import Progress, ignore
 from weightops.errors import MismatchError, UsageError, listing, quote
-from weightops.files.checkpoint import INDEX_SUFFIX, PICKLE_SUFFIXES, Checkpoint, open_checkpoint
+from weightops.files.checkpoint import Checkpoint, open_checkpoint
 from weightops.files.dtypes import ARITHMETIC, DTYPE_WORDS
-from weightops.files.header import encode_header
 from weightops.files.tensor import Slot, TensorSpec
-from weightops.merging.method import METHODS, MergeMethod, store
+from weightops.merging.method import METHODS, MergeMethod
 from weightops.naming.identify import (
     MARKER_METADATA,
     MARKERS,
     architecture_of,
     body_of,
     components_of,
+    family_of,
     kind_of,
     quantised,
 )
-from weightops.ops.report import Account, Report, Unused, input_entries, peak_memory_bytes, tensors
-from weightops.ops.verify import verify
+from weightops.ops.produce import Planned, cast, check_words, kept_metadata, named, produce, stem
+from weightops.ops.report import Account, Report, Unused, tensors
 from weightops.plan import Block, Compute, Grain, Input, Plan, Task
 
 if TYPE_CHECKING:
@@ -35,11 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
-
-DROPPABLE = ("ema", "optimizer", "schedule", "vae", "text_encoder", "safety_checker")
-
-# Metadata that speaks of the exact bytes of the file it came from; in any other file it would be a lie.
-STALE_METADATA = frozenset({"modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "weightops"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +50,6 @@ class Settings:
     on_mismatch: str = "error"
     strict: bool = False
     allow_nonfinite: bool = False
-
-
-@dataclass(slots=True)
-class Planned:
-    """A plan, and what is to be said about it."""
-
-    plan: Plan
-    account: Account
-    summary: str
-    groups: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
 
 def merge(
@@ -110,36 +93,18 @@ def merge(
         strict=strict, allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
-        named = [*([base] if base is not None else []), *models]
-        opened = [stack.enter_context(open_checkpoint(m)) for m in named]
+        files = [*([base] if base is not None else []), *models]
+        opened = [stack.enter_context(open_checkpoint(m)) for m in files]
         extra = None
         if vae != "merge" and not vae.isdecimal():
             extra = stack.enter_context(open_checkpoint(vae))
         planned = plan_merge(opened, settings, vae_file=extra)
-        target = Path(output) if output is not None else _default_name(opened, settings)
-        if target.suffix.lower() != ".safetensors":
-            raise UsageError(str(target), "the output's name must end in .safetensors")
-        report = Report(
-            "merge", input_entries(planned.plan.sources, [None] * len(planned.plan.sources)), str(target),
-            planned.account, planned.summary, planned.groups, planned.warnings, dry_run=dry_run,
+        last = f"-{settings.weights[-1]:g}" if settings.weights and len(opened) == 2 else ""
+        target = named(output, "+".join(stem(c)[:60] for c in opened), last)
+        return produce(
+            "merge", planned, target, memory=memory, device=device, threads=threads,
+            force=force, dry_run=dry_run, check=check, on_progress=on_progress,
         )  # fmt: skip
-        if dry_run:
-            from weightops.engine.chunks import check_memory
-
-            check_memory(planned.plan, memory)
-            plan = planned.plan
-            header = encode_header(plan.outputs, plan.finished_metadata([PLACEHOLDER] * len(plan.sources)))
-            report.bytes_written = len(header) + sum(spec.nbytes for spec in plan.outputs.values())
-            return report
-        outcome = run(
-            planned.plan, target, memory=memory, device=device, threads=threads, force=force, on_progress=on_progress
-        )
-        if check:
-            report.verified = verify(planned.plan, target, label=str(target))
-    report.inputs = input_entries(planned.plan.sources, outcome.hashes)
-    report.bytes_read, report.bytes_written = outcome.bytes_read, outcome.bytes_written
-    report.seconds, report.peak_memory_bytes = outcome.seconds, peak_memory_bytes()
-    return report
 
 
 # ------------------------------------------------------------------------------------------------ what was asked
@@ -173,13 +138,9 @@ def _settings(
         if weights is not None or all(p.name != "alpha" for p in chosen.parameters):
             raise UsageError("--weights", f"{chosen.name} takes no weights", "--list-methods shows what it takes")
         values["alpha"] = alpha
-    unknown = [d for d in rest["drop"] if d not in DROPPABLE]
-    if unknown:
-        raise UsageError("--drop", f"unknown component {quote(unknown[0])}", f"known are {', '.join(DROPPABLE)}")
+    check_words(rest["dtype"], rest["drop"])
     if "vae" in rest["drop"] and rest["vae"] != "merge" and not rest["vae"].isdecimal():
         raise UsageError("--drop", f"drops the VAE that --vae takes from {quote(rest['vae'])}")
-    if rest["dtype"] != "keep" and rest["dtype"] not in DTYPE_WORDS:
-        raise UsageError("--dtype", f"unknown dtype {quote(rest['dtype'])}", f"known: keep, {', '.join(DTYPE_WORDS)}")
     if rest["on_mismatch"] not in ("error", "keep-first"):
         raise UsageError("--on-mismatch", f"found {quote(rest['on_mismatch'])}, expected error or keep-first")
     checked = chosen.check(values)
@@ -222,25 +183,9 @@ def _weights(
     return (1.0 - alpha, alpha)
 
 
-def _stem(opened: Checkpoint) -> str:
-    """The name without the suffix of its kind; "sd-1.5", a folder, has none."""
-    for suffix in (".safetensors" + INDEX_SUFFIX, ".safetensors", *PICKLE_SUFFIXES):
-        if opened.name.lower().endswith(suffix) and len(opened.name) > len(suffix):
-            return opened.name[: -len(suffix)]
-    return opened.name
-
-
-def _default_name(opened: Sequence[Checkpoint], settings: Settings) -> Path:
-    stems = [_stem(c)[:60] for c in opened]
-    last = f"-{settings.weights[-1]:g}" if settings.weights and len(stems) == 2 else ""
-    # File systems count bytes, and allow 255 of them.
-    short = "+".join(stems).encode(errors="surrogateescape")[:200].decode(errors="ignore")
-    return Path(f"{short}{last}.safetensors")
-
-
 def in_words(settings: Settings, opened: Sequence[Checkpoint]) -> str:
     """The formula with the files' own names: people read alpha both ways."""
-    names = [_stem(c) for c in opened]
+    names = [stem(c) for c in opened]
     if len(set(names)) < len(names):  # x/model and y/model
         names = [c.label for c in opened]
     if settings.weights is None:
@@ -269,12 +214,11 @@ _ORDINARY = frozenset({"", "none", "false", "epsilon"})
 
 _WORDS = {"vae": "VAE", "text_encoder": "text encoder"}
 
+# What a trainer leaves beside the weights; it says nothing of what a file is.
+_TRAINING = frozenset({"ema", "optimizer"})
+
 # Components that are no weights: an average of two noise schedules, or of two markers, is neither.
 _COPIED = frozenset({"schedule", "marker"})
-
-
-def _family(component: str) -> str:
-    return "text_encoder" if component.startswith("text_encoder") else component
 
 
 def _option(family: str) -> str:
@@ -302,7 +246,7 @@ class _Planner:
         self.kept: set[str] = set()
         self.gone: set[tuple[int, str]] = set()  # of `account.unused`, by number of the model: labels may repeat
         # A file that is only a VAE, or only a text encoder, is simply merged.
-        alone = len(set(self.first_components.values())) == 1
+        alone = len(set(self.first_components.values()) - _TRAINING) == 1
         self.chosen = {} if alone else {"vae": settings.vae}
         if settings.text_encoder != "merge":
             self.chosen["text_encoder"] = settings.text_encoder
@@ -325,7 +269,7 @@ class _Planner:
             sources=sources,
             outputs=self.outputs,
             tasks=(*self.copies, *self.merges),  # copies first: they need no torch, which is imported meanwhile
-            metadata=self._metadata(),
+            metadata=kept_metadata(self.first),
             recipe=self._recipe(),
             refuse_nonfinite=not self.settings.allow_nonfinite,
         )
@@ -339,7 +283,7 @@ class _Planner:
         component = self.first_components[key]
         count = self.counts.setdefault(component, {"tensors": 0, "merged": 0, "copied": 0, "dropped": 0})
         count["tensors"] += 1
-        family = _family(component)
+        family = family_of(component)
         if family in self.settings.drop:
             count["dropped"] += 1
             self._leave(self.opened.index(self.first), key, f"--drop {family}", asked=True)
@@ -418,7 +362,7 @@ class _Planner:
         if self.settings.dtype != "keep" and dtype in ARITHMETIC:
             dtype = DTYPE_WORDS[self.settings.dtype]
         if compute is None and dtype != specs[0].dtype:
-            compute = _cast
+            compute = cast
         self.outputs[key] = spec = TensorSpec(dtype, specs[0].shape)
         sources = [*self.opened, *([self.vae_file] if self.vae_file is not None else [])]
         elementwise = compute is not None and self.settings.method.grain is Grain.ROWS
@@ -431,7 +375,7 @@ class _Planner:
             inputs,
             (Slot(key, spec.flat() if elementwise else spec),),
             compute,
-            Grain.ROWS if compute in (None, _cast) else self.settings.method.grain,
+            Grain.ROWS if compute in (None, cast) else self.settings.method.grain,
             work_nbytes=0
             if compute is None
             else self.settings.method.work_nbytes(len(parts), spec.values, flat=elementwise),
@@ -472,7 +416,7 @@ class _Planner:
 
     def _check_chosen(self) -> None:
         """A component that another model is to give must have its place in the first."""
-        families = {_family(component) for component in self.first_components.values()}
+        families = {family_of(component) for component in self.first_components.values()}
         for family, chosen in self.chosen.items():
             if chosen.isdecimal() and int(chosen) > 1 and family not in families:
                 raise MismatchError(self.first.label, f"holds no {_WORDS[family]} that {_option(family)} could replace")
@@ -496,7 +440,10 @@ class _Planner:
         known = {c.label: a for c in self.opened if (a := architecture_of(c.tensors)) is not None}
         if len(set(known.values())) > 1:
             found = ", ".join(f"{label} is {a}" for label, a in known.items())
-            raise MismatchError(self.models[-1].label, f"different architectures cannot be merged: {found}")
+            labels = iter(known)
+            first = known[next(labels)]
+            other = next(label for label in labels if known[label] != first)
+            raise MismatchError(other, f"different architectures cannot be merged: {found}")
 
     def _check_markers(self) -> None:
         """v-prediction and zero-terminal-SNR markers say how a model must be sampled; a mixture of both is neither."""
@@ -563,7 +510,7 @@ class _Planner:
 
     def _why_unused(self, key: str, model: Checkpoint, component: str) -> tuple[str, bool]:
         """The reason, and whether the user's own words or plain sense ask for it."""
-        family = _family(component)
+        family = family_of(component)
         if family in self.settings.drop:
             return f"--drop {family}", True
         chosen = self.chosen.get(family, "merge")
@@ -596,11 +543,6 @@ class _Planner:
                     f"--drop {component} leaves them out"
                 )
 
-    def _metadata(self) -> dict[str, str]:
-        """The first model's metadata, less what speaks of its exact bytes."""
-        kept = {k: v for k, v in self.first.metadata.items() if k not in STALE_METADATA}
-        return kept if "format" in kept else {"format": "pt", **kept}
-
     def _recipe(self) -> dict[str, Any]:
         s = self.settings
         recipe: dict[str, Any] = {
@@ -624,7 +566,3 @@ def _compute(settings: Settings) -> Compute:
         method.apply(inputs, outputs[0], parameters)
 
     return compute
-
-
-def _cast(inputs: Sequence[Tensor], outputs: Sequence[Tensor], block: Block) -> None:
-    store(inputs[0], outputs[0])

@@ -1,0 +1,112 @@
+"""From a plan to a written file and its report: the path that every verb that writes takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightops.engine.chunks import check_memory
+from weightops.engine.run import PLACEHOLDER, Progress, run
+from weightops.errors import UsageError, quote
+from weightops.files.checkpoint import INDEX_SUFFIX, PICKLE_SUFFIXES, Checkpoint
+from weightops.files.dtypes import DTYPE_WORDS
+from weightops.files.header import encode_header
+from weightops.merging.method import store
+from weightops.naming.identify import DROPPABLE
+from weightops.ops.report import Account, Report, input_entries, peak_memory_bytes
+from weightops.ops.verify import verify
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from weightops.plan import Block, Plan
+
+# Metadata that speaks of the exact bytes of the file it came from; in any other file it would be a lie.
+STALE_METADATA = frozenset({"modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "weightops"})
+
+
+@dataclass(slots=True)
+class Planned:
+    """A plan, and what is to be said about it."""
+
+    plan: Plan
+    account: Account
+    summary: str
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def produce(
+    command: str,
+    planned: Planned,
+    output: Path,
+    *,
+    memory: int,
+    device: str,
+    threads: int | None,
+    force: bool,
+    dry_run: bool,
+    check: bool,
+    on_progress: Progress,
+) -> Report:
+    """Carry out the plan into the file `output`; with `dry_run`, only say what that would be. Raises WeightopsError."""
+    plan = planned.plan
+    if output.suffix.lower() != ".safetensors":
+        raise UsageError(str(output), "the output's name must end in .safetensors")
+    report = Report(
+        command, input_entries(plan.sources, [None] * len(plan.sources)), str(output),
+        planned.account, planned.summary, planned.groups, planned.warnings, dry_run=dry_run,
+    )  # fmt: skip
+    if dry_run:
+        check_memory(plan, memory)
+        header = encode_header(plan.outputs, plan.finished_metadata([PLACEHOLDER] * len(plan.sources)))
+        report.bytes_written = len(header) + sum(spec.nbytes for spec in plan.outputs.values())
+        return report
+    outcome = run(plan, output, memory=memory, device=device, threads=threads, force=force, on_progress=on_progress)
+    if check:
+        report.verified = verify(plan, output, label=str(output))
+    report.inputs = input_entries(plan.sources, outcome.hashes)
+    report.bytes_read, report.bytes_written = outcome.bytes_read, outcome.bytes_written
+    report.seconds, report.peak_memory_bytes = outcome.seconds, peak_memory_bytes()
+    return report
+
+
+def check_words(dtype: str, drop: Sequence[str]) -> None:
+    """Refuse unknown words for --dtype and --drop."""
+    unknown = [d for d in drop if d not in DROPPABLE]
+    if unknown:
+        raise UsageError("--drop", f"unknown component {quote(unknown[0])}", f"known are {', '.join(DROPPABLE)}")
+    if dtype != "keep" and dtype not in DTYPE_WORDS:
+        raise UsageError("--dtype", f"unknown dtype {quote(dtype)}", f"known: keep, {', '.join(DTYPE_WORDS)}")
+
+
+def stem(opened: Checkpoint) -> str:
+    """The name without the suffix of its kind; "sd-1.5", a folder, has none."""
+    for suffix in (".safetensors" + INDEX_SUFFIX, ".safetensors", *PICKLE_SUFFIXES):
+        if opened.name.lower().endswith(suffix) and len(opened.name) > len(suffix):
+            return opened.name[: -len(suffix)]
+    return opened.name
+
+
+def named(output: str | os.PathLike[str] | None, stems: str, ending: str = "") -> Path:
+    """The output that was asked for, or a name of these stems in the current folder."""
+    if output is not None:
+        return Path(output)
+    # File systems count bytes, and allow 255 of them.
+    short = stems.encode(errors="surrogateescape")[:200].decode(errors="ignore")
+    return Path(f"{short}{ending}.safetensors")
+
+
+def kept_metadata(opened: Checkpoint) -> dict[str, str]:
+    """The metadata of a file, less what speaks of its exact bytes."""
+    kept = {k: v for k, v in opened.metadata.items() if k not in STALE_METADATA}
+    return kept if "format" in kept else {"format": "pt", **kept}
+
+
+def cast(inputs: Sequence[Tensor], outputs: Sequence[Tensor], block: Block) -> None:
+    """The compute function of a change of dtype."""
+    store(inputs[0], outputs[0])

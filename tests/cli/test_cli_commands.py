@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ from conftest import CLI, save
 from safetensors.torch import load_file
 
 from weightops import __version__
+from weightops.cli import render
 from weightops.merging.method import METHODS
 
 UNET = "model.diffusion_model.out.2.weight"
@@ -211,6 +213,35 @@ def test_inspect_names_what_is_not_finite() -> None:
     assert "x: norm 1, 1 … 1, NaN 1, Inf 1" in done.out
     assert "y:" not in done.out
     assert "no NaN, no Inf" in weightops_here("inspect", "a.safetensors", "--stats").out
+
+
+def test_inspect_says_whose_names_the_tensors_bear() -> None:
+    save(Path("sd.safetensors"), {"model.diffusion_model.input_blocks.1.1.proj_in.weight": torch.ones(2, 2, 1, 1)})
+    assert "checkpoint · sd15 · original names · safetensors · " in weightops_here("inspect", "sd.safetensors").out
+
+
+def test_the_norm_of_very_large_values_is_still_a_number() -> None:
+    save(Path("huge.safetensors"), {"x": torch.full((4,), 1e300, dtype=torch.float64)})
+    done = weightops_here("inspect", "huge.safetensors", "--stats")
+    assert (done.code, done.err) == (0, "")
+    assert "1 floating tensors: norm 2e+300" in done.out
+
+
+def test_in_a_pipe_every_row_is_one_line() -> None:
+    name = "long-" * 40 + ".safetensors"
+    for path in (Path(name), Path("x.safetensors")):
+        save(path, {"x": torch.ones(4)})
+    assert sum(name in line for line in weightops_here("inspect", name, "x.safetensors").out.splitlines()) == 1
+
+
+def test_the_progress_bar_waits_for_something_to_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", terminal := io.StringIO())
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    with render.progress("merging", quiet=False) as on_progress:
+        assert "merging" not in terminal.getvalue()
+        on_progress(1, 2)
+    assert "merging" in terminal.getvalue()
 
 
 def test_inspect_as_json_is_one_object_or_an_array() -> None:

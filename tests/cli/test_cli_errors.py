@@ -25,7 +25,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("page.safetensors").write_text("<html>404</html>")
 
 
-SHOWS = "shows what can be said"
+SHOWS = "lists the options"
 
 
 @pytest.mark.parametrize(
@@ -42,17 +42,17 @@ SHOWS = "shows what can be said"
         (["merge", "a.safetensors"], 2, "merge: found 1 model, expected two or more", None),
         (["merge", "a.safetensors", "no.safetensors"], 2, "no.safetensors: no such file", None),
         (["merge", "a", "b", "--alpha"], 2, "option '--alpha' requires an argument", f"weightops --help {SHOWS}"),
-        (["merge", "a", "b", "--alpha", "much"], 2, "invalid value for '--alpha': 'much' is not a valid float",
+        (["merge", "a", "b", "--alpha", "much"], 2, "--alpha: 'much' is not a valid float",
          f"weightops merge --help {SHOWS}"),
         (["merge", "a", "b", "--weights", "1;2"], 2,
          "--weights: found '1;2', expected numbers such as 0.5,0.3,0.2", None),
         (["merge", "a", "b", "--dtype", "fp17"], 2,
-         "invalid value for '--dtype': 'fp17' is not one of 'keep', 'fp32', 'fp16', 'bf16', 'fp8_e4m3', 'fp8_e5m2'",
+         "--dtype: 'fp17' is not one of 'keep', 'fp32', 'fp16', 'bf16', 'fp8_e4m3', 'fp8_e5m2'",
          f"weightops merge --help {SHOWS}"),
         (["merge", "a", "b", "--device", "gpu"], 2, "--device: found 'gpu', expected auto, cpu, cuda or cuda:1", None),
         (["merge", "a", "b", "--memory", "lots"], 2,
          "--memory: found 'lots', expected a size such as 512MiB or 2GiB", None),
-        (["merge", "a", "b", "--threads", "0"], 2, "invalid value for '--threads': 0 is not in the range 1<=x<=256",
+        (["merge", "a", "b", "--threads", "0"], 2, "--threads: 0 is not in the range 1<=x<=256",
          f"weightops merge --help {SHOWS}"),
         (["merge", "a", "b", "--set", "share"], 2, "--set: found 'share', expected NAME=VALUE", None),
         (["merge", "a", "b", "--set", "=1"], 2, "--set: found '=1', expected NAME=VALUE", None),

@@ -152,6 +152,14 @@ def test_a_whole_tensor_is_one_chunk() -> None:
     assert [tuple(b) for b in chunk.blocks()] == [(0, 0, 3000)]
 
 
+def test_a_whole_tensor_without_rows_does_not_keep_the_others_from_being_filled() -> None:
+    slots = tuple(Slot(k, TensorSpec("F32", s)) for k, s in (("down", (0, 500)), ("alpha", ())))
+    task = Task("t", (Input(0, Slot("w", TensorSpec("F32", (4, 500)))),), slots, nothing, Grain.TENSOR)
+    (chunk,) = cut(plan(task), 64 * MIB)
+    assert [tuple(b) for b in chunk.blocks()] == [(0, 0, 1)]
+    assert chunk.cost == (4 * 500 + 1) * 4
+
+
 def test_with_whole_tensors_each_slot_counts_whole() -> None:
     tall, flat, out = (Slot(k, TensorSpec("F32", s)) for k, s in (("u", (300, 4)), ("d", (4, 500)), ("o", (2, 500))))
     task = Task("t", (Input(0, tall), Input(0, flat)), (out,), nothing, Grain.TENSOR)

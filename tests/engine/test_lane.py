@@ -49,7 +49,7 @@ class Played:
         assert flags == 0
         assert address not in self.registered
         assert address % os.sysconf("SC_PAGE_SIZE") == 0
-        if len(self.log) == self.refuse_at:
+        if self.log.count("register") == self.refuse_at:
             return 2
         self.note("register")
         self.registered[address] = nbytes

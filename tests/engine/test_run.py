@@ -234,6 +234,25 @@ def test_buffers_never_take_more_than_the_budget(
     assert _Counted.live == 0
 
 
+def test_workers_fill_the_same_buffers_again(
+    opened: list[Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are: a new buffer costs ten times what reading into an old one does."""
+    made: list[int] = []
+
+    class Seen(mmap.mmap):
+        def __new__(cls, *arguments: Any, **named: Any) -> Seen:
+            made.append(arguments[1])
+            return super().__new__(cls, *arguments, **named)
+
+    monkeypatch.setattr(engine.mmap, "mmap", Seen)
+    plan = averaged(opened)
+    wide = replace(plan, tasks=tuple(t for t in plan.tasks if t.name == "wide") * 10)
+    outcome = run(wide, tmp_path / "out", memory=30 * MIB, threads=4)
+    assert outcome.chunks >= 40
+    assert len(made) <= 3 * 2 * 4  # for each worker and role, one; and one again where the first was too small
+
+
 def test_a_budget_that_is_too_small_is_refused_before_anything_is_made(
     opened: list[Checkpoint], tmp_path: Path
 ) -> None:

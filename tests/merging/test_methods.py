@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from weightops.errors import UsageError
-from weightops.merging.method import KINDS, METHODS, MergeMethod, Weights, merge_method, store
+from weightops.merging.method import KINDS, SMALL, METHODS, MergeMethod, Weights, merge_method, store
 from weightops.plan import Grain
 from weightops.registry import Registry
 
@@ -380,3 +380,28 @@ def test_an_unknown_method_is_refused_with_the_nearest_name() -> None:
         METHODS.get("weigthed_sum")
     assert str(caught.value) == "unknown merge method 'weigthed_sum'"
     assert caught.value.hint == "did you mean 'weighted_sum'?"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("alpha", [0.7, 0.3, 0.5, -0.4])
+@pytest.mark.parametrize("scale", [0.02, 1.0, 300.0])
+def test_models_that_cancel_are_within_one_unit_of_the_rounded_float64_result(
+    dtype: torch.dtype, alpha: float, scale: float
+) -> None:
+    """However small the sum of two large values is: the literal promise, not one relative to the operands."""
+    generator = torch.Generator().manual_seed(7)
+    a = (torch.randn(4 * SMALL, generator=generator) * scale).to(dtype)
+    b = (a.double() * (1 - alpha) / -alpha).to(dtype)
+    b[::3] = (torch.randn(len(b[::3]), generator=generator) * scale).to(dtype)
+    found = applied(METHODS.get("weighted_sum"), [a, b], dtype, weights=(1 - alpha, alpha))
+    exact = ((1 - alpha) * a.double() + alpha * b.double()).to(dtype)
+    assert int((ordered(found) - ordered(exact)).abs().max()) <= 1
+    lerped = torch.lerp(a, b, alpha)
+    if scale > 1 and alpha != 0.5:  # the case is real: torch's lerp alone is further off
+        assert int((ordered(lerped) - ordered(exact)).abs().max()) > 1
+
+
+def ordered(values: Tensor) -> Tensor:
+    """Integers in the order of the values, one apart where the values are neighbours."""
+    bits = values.view(torch.int16).int()
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)

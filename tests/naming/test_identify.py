@@ -297,6 +297,8 @@ def test_a_key_begins_with_its_component(key: str, component: str | None, body: 
         (("a.lora_linear_layer.up.weight",), "lora"),
         (("a.lora_A.default.weight",), "lora"),
         (("a.explora_up.weight",), "unknown"),
+        (("encoder.conv_in.weight", "decoder.conv_in.weight", "model_ema.decoderconv_inweight"), "vae"),
+        (("model_ema.x", "model_ema.decay"), "unknown"),
         (("control_model.input_blocks.0.0.weight",), "controlnet"),
         (("controlnet_cond_embedding.conv_in.weight",), "controlnet"),
         (("vae.decoder.conv_in.weight",), "vae"),

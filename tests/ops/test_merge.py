@@ -160,8 +160,9 @@ def test_the_result_has_the_names_and_the_metadata_of_the_first_model_not_of_the
         ({"alpha": 1.25}, "−0.25 × a + 1.25 × b"),
         ({"weights": (1, 2)}, "0.333333 × a + 0.666667 × b"),
         ({"weights": (-1, 0.25), "normalize": False}, "−1 × a + 0.25 × b"),
-        ({"base": "c.safetensors"}, "c + 1 × (a − c) + 1 × (b − c)"),
-        ({"base": "c.safetensors", "alpha": -0.7}, "c + 1 × (a − c) − 0.7 × (b − c)"),
+        ({"base": "c.safetensors"}, "a + 1 × (b − c)"),
+        ({"base": "c.safetensors", "alpha": -0.7}, "a − 0.7 × (b − c)"),
+        ({"base": "c.safetensors", "weights": (0.5, -1)}, "c + 0.5 × (a − c) − 1 × (b − c)"),
     ],
 )
 def test_the_report_says_the_formula_in_words(words: dict[str, Any], summary: str) -> None:
@@ -363,11 +364,36 @@ def test_empty_and_scalar_tensors_are_merged_like_others() -> None:
 # ------------------------------------------------------------------------------------------------ what may be dropped
 
 
+def test_ema_copies_that_the_other_lacks_are_warned_of_once() -> None:
+    report, *_ = merged(make("a", {UNET: [1.0], EMA: [1.0]}), make("b", {UNET: [3.0]}))
+    assert report.warnings == [
+        "1 ema tensor kept from a.safetensors unmerged, 50% of the output; --drop ema leaves them out"
+    ]
+    assert report.account.kept == [(EMA, "not in b.safetensors")]
+
+
+def test_many_tensors_left_out_are_counted_by_component() -> None:
+    others = {f"first_stage_model.{i}": [1.0] for i in range(4)} | {f"cond_stage_model.{i}": [1.0] for i in range(2)}
+    report, *_ = merged(make("a", {UNET: [1.0]}), make("b", {UNET: [3.0], **others}))
+    (warning,) = report.warnings
+    assert warning.startswith("6 tensors of b.safetensors left out (4 vae, 2 text_encoder): 'cond_stage_model.0', ")
+
+
+def test_a_vae_that_still_has_its_ema_copy_is_merged_and_can_be_taken() -> None:
+    own = {"decoder.conv_in.weight": [1.0], "model_ema.decoderconv_inweight": [1.0]}
+    trained, other = make("trained", own), make("other", {"decoder.conv_in.weight": [3.0]})
+    _, found, _ = merged(trained, other)
+    assert found["decoder.conv_in.weight"].tolist() == [2.0]
+    a = make("a", {UNET: [1.0], "first_stage_model.decoder.conv_in.weight": [7.0]})
+    _, found, _ = merged(a, make("b", {UNET: [3.0]}), vae=trained)
+    assert found["first_stage_model.decoder.conv_in.weight"].tolist() == [1.0]
+
+
 def test_ema_copies_are_merged_reported_and_can_be_dropped() -> None:
     a, b = make("a", {UNET: [1.0], EMA: [1.0] * 8}), make("b", {UNET: [3.0], EMA: [3.0] * 8})
     report, found, _ = merged(a, b)
     assert found[EMA].tolist() == [2.0] * 8
-    assert report.warnings == ["1 ema tensor, 0.00 GB of the output; --drop ema leaves them out"]
+    assert report.warnings == ["1 ema tensor, 89% of the output; --drop ema leaves them out"]
     report, found, _ = merged(a, b, drop=["ema"])
     assert found.keys() == {UNET}
     assert report.warnings == []
@@ -523,7 +549,7 @@ def test_the_recipe_names_the_base_and_the_vae_file_too() -> None:
     assert [entry["name"] for entry in recipe["inputs"]] == [
         "c.safetensors", "a.safetensors", "b.safetensors", "vae.safetensors",
     ]  # fmt: skip
-    assert recipe["inputs"][recipe["vae"]]["name"] == "vae.safetensors"
+    assert recipe["vae"] == "file"  # the last of the inputs
 
 
 def test_the_recipe_holds_no_path_and_no_date(tmp_path: Path) -> None:

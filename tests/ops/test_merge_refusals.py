@@ -171,6 +171,12 @@ def test_dropping_everything_is_refused() -> None:
     assert refused(a, b, drop=["vae"], kind=UsageError) == ("--drop: leaves nothing of a.safetensors to write", None)
 
 
+def test_the_model_that_is_of_another_architecture_is_the_one_named() -> None:
+    a, c = (make(name, {SD15: torch.zeros(2, 2, 1, 1), UNET: [1.0]}) for name in "ac")
+    message, _ = refused(a, make("b", {SDXL: [1.0], UNET: [1.0]}), c, kind=MismatchError)
+    assert message.startswith("b.safetensors: different architectures cannot be merged: ")
+
+
 def test_different_architectures_are_refused() -> None:
     a = make("a", {SD15: torch.zeros(2, 2, 1, 1), UNET: [1.0]})
     b = make("b", {SDXL: [1.0], UNET: [1.0]})

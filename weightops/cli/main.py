@@ -144,10 +144,12 @@ def _usage(error: click.UsageError) -> tuple[str, str | None]:
     hint: str | None = None
     possible = getattr(error, "possibilities", None)
     text = (error.message if possible else error.format_message()).rstrip(".")
+    if isinstance(error, click.BadParameter) and error.param is not None and error.param.opts[0].startswith("-"):
+        text = f"{error.param.opts[-1]}: {error.message.rstrip('.')}"
     if possible:
         hint = f"did you mean {possible[0]}?"
     else:
-        hint = f"{error.ctx.command_path if error.ctx else 'weightops'} --help shows what can be said"
+        hint = f"{error.ctx.command_path if error.ctx else 'weightops'} --help lists the options"
     return text[:1].lower() + text[1:], hint
 
 

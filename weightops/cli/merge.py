@@ -25,7 +25,8 @@ def _list_methods(ctx: click.Context, _param: click.Parameter, value: bool) -> N
 
 @click.command("merge", short_help="Two or more models into one.")
 @click.argument("models", metavar="MODEL…", nargs=-1, required=True)
-@click.option("--alpha", type=float, metavar="X", help="Two models: (1-X)·A + X·B; with --base C, A + X·(B - C).  [default: 0.5; 1]")
+@click.option("--alpha", type=float, metavar="X",
+              help="Two models: (1-X)·A + X·B; with --base C, A + X·(B - C).  [default: 0.5; 1]")  # fmt: skip
 @click.option("--weights", type=options.Numbers(), help="One weight per model, normalised to a sum of 1.")
 @click.option("--no-normalize", is_flag=True, help="Take --weights as they are.")
 @click.option("--base", metavar="FILE", help="Add differences from this model: base + Σ wᵢ·(modelᵢ - base).")

@@ -87,7 +87,9 @@ device = click.option(
 memory = click.option(
     "--memory", type=Size(), default="128MiB", show_default=True, help="Bytes in flight; torch itself comes on top."
 )
-threads = click.option("--threads", type=click.IntRange(1, 256), metavar="N", help="Computing threads.  [default: the usable cores]")
+threads = click.option(
+    "--threads", type=click.IntRange(1, 256), metavar="N", help="Computing threads.  [default: the usable cores]"
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else there.")
 quiet = click.option("-q", "--quiet", is_flag=True, help="No report and no progress; warnings and errors remain.")
 verbose = click.option("-v", "--verbose", is_flag=True, help="Name every key, and show values whole.")

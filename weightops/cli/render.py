@@ -39,9 +39,7 @@ def table(*columns: str, right: tuple[int, ...] = ()) -> Table:
 
     drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for number, name in enumerate(columns):
-        drawn.add_column(
-            name, justify="right" if number in right else "left", overflow="fold", no_wrap=number in right
-        )
+        drawn.add_column(name, justify="right" if number in right else "left", overflow="fold", no_wrap=number in right)
     return drawn
 
 
@@ -164,7 +162,8 @@ def print_warning(text: str) -> None:
 def inspection(found: Inspection, *, verbose: bool) -> None:
     out = console()
     what = " · ".join(
-        [found.kind, *([found.architecture] if found.architecture else []), found.container,
+        [found.kind, *([found.architecture] if found.architecture else []),
+         *([f"{found.spelling} names"] if found.spelling else []), found.container,
          f"{number(found.parameters)} parameters", size(found.nbytes)]
     )  # fmt: skip
     out.print(printable(found.path), style="bold", soft_wrap=True)

@@ -47,7 +47,8 @@ def task_rows(task: Task) -> int:
     if task.compute is None:
         return task.inputs[0].slot.spec.nbytes
     for slot in (*task.outputs, *(i.slot for i in task.inputs if not i.shared)):
-        return slot.spec.rows
+        # A whole tensor without rows is still one piece of work: the task's other outputs may have some.
+        return max(slot.spec.rows, 1) if task.grain is Grain.TENSOR else slot.spec.rows
     return 1
 
 
@@ -55,9 +56,8 @@ def block_rows(task: Task) -> int:
     if task.compute is None:
         # As many values as an elementwise block, so that a tensor hashes alike whether it is copied or computed with.
         return BLOCK_VALUES * DTYPES[task.inputs[0].slot.spec.dtype].bits // 8
-    rows = max(task_rows(task), 1)
     if task.grain is Grain.TENSOR:
-        return rows
+        return task_rows(task)
     slots = [*task.outputs, *(i.slot for i in task.inputs if not i.shared)]
     widest = max((slot.spec.row_values for slot in slots), default=1)
     return max(1, BLOCK_VALUES // max(widest, 1))

@@ -108,6 +108,9 @@ def run(
 
 PLACEHOLDER = "xxh3_128:" + "0" * 32
 
+# What to do about a value that is too large for a dtype, where BF16 would not do.
+_WIDER: dict[str, str | None] = {"BF16": "--dtype fp32 may hold it", "F32": None, "F64": None}
+
 
 class _Run:
     """The state that the workers of one run share."""
@@ -121,12 +124,12 @@ class _Run:
         most = max(1, memory // (2 * chunk_target(memory)))
         self.workers = min(threads, most)
         self.extra = min(threads + EXTRA_WORKERS, most) - self.workers
-        # What workers keep from one chunk to the next is set aside; without room for that, they keep nothing.
-        self.keep = memory // (4 * (self.workers + self.extra))
-        kept = self.keep * (self.workers + self.extra)
-        if smallest_memory(plan)[0] > memory - kept:
-            self.keep = kept = 0
-        self.budget = Budget(memory - kept)
+        # Three quarters are the workers' own, to keep from one chunk to the next: a new buffer costs ten times what
+        # reading into an old one does. The budget gives what a chunk takes beyond that, the largest piece of work too.
+        workers = self.workers + self.extra
+        self.keep = min(3 * memory // (4 * workers), (memory - smallest_memory(plan)[0]) // max(workers - 1, 1))
+        self.kept = self.keep * workers
+        self.budget = Budget(memory - self.kept)
         self.total = sum(i.slot.spec.nbytes for t in plan.tasks for i in t.inputs)
         self.done = 0
         self.bytes_read = 0
@@ -134,10 +137,11 @@ class _Run:
         self.error: BaseException | None = None
         self.leaves: list[Leaves] = [{} for _ in plan.sources]
         self.values: dict[int, dict[int, Any]] = {}
-        self._running = 0
+        self._live: set[threading.Lock] = set()  # one for each thread, to be taken by who answers for its end
         self._ended = threading.Condition()
         self._feed = threading.Lock()
-        self._chunks = self._looking_ahead(cut(plan, self.budget.total))
+        # A chunk takes no more than chunk_target or one block, and both fit beside what the other workers keep.
+        self._chunks = self._looking_ahead(cut(plan, memory))
         self._state = threading.Lock()
         self._computing = threading.Semaphore(threads)
         self._torch_ready = threading.Event()
@@ -168,42 +172,46 @@ class _Run:
         return Outcome(
             bytes_read=self.bytes_read,
             chunks=self.chunks,
-            peak_in_flight=self.budget.peak,
+            peak_in_flight=self.kept + self.budget.peak if self.chunks else 0,
             hashes=[_hash_of(leaves) for leaves in self.leaves],
             values={n: [found[i] for i in sorted(found)] for n, found in self.values.items()},
         )
 
     def _start(self, count: int, target: Callable[[], None]) -> None:
         for _ in range(count):
-            with self._ended:
-                self._running += 1
+            claim = threading.Lock()
             try:
-                threading.Thread(target=self._run, args=(target,), name="weightops", daemon=True).start()
-            except RuntimeError:  # the system has no thread to give
-                self._end()
+                with self._ended:
+                    self._live.add(claim)
+                threading.Thread(target=self._run, args=(target, claim), name="weightops", daemon=True).start()
+            except BaseException:  # the system has no thread to give, or Ctrl-C: then the thread may run all the same
+                if claim.acquire(blocking=False):
+                    self._end(claim)
                 raise
 
     def _start_extra(self) -> None:
         count, self.extra = self.extra, 0
         self._start(count, self._work)
 
-    def _run(self, target: Callable[[], None]) -> None:
+    def _run(self, target: Callable[[], None], claim: threading.Lock) -> None:
+        if not claim.acquire(blocking=False):
+            return  # given up before it began
         try:
             target()
         except BaseException as e:
             self._fail(e)
         finally:
-            self._end()
+            self._end(claim)
 
-    def _end(self) -> None:
+    def _end(self, claim: threading.Lock) -> None:
         with self._ended:
-            self._running -= 1
+            self._live.discard(claim)
             self._ended.notify_all()
 
     def _all_ended(self, seconds: float | None) -> bool:
         # Counted rather than joined: a join that Ctrl-C breaks into takes the thread for ended (CPython issue 90882).
         with self._ended:
-            return self._ended.wait_for(lambda: self._running == 0, seconds)
+            return self._ended.wait_for(lambda: not self._live, seconds)
 
     def _fail(self, error: BaseException) -> None:
         with self._state:
@@ -244,8 +252,11 @@ class _Run:
             chunk = next(self._chunks, None)
             if chunk is not None:
                 # Taken whole, and in plan order, while the lock is held: a later chunk cannot starve this one.
-                self.budget.take(chunk.cost)
+                self.budget.take(self._beyond(chunk))
             return chunk
+
+    def _beyond(self, chunk: Chunk) -> int:
+        return max(chunk.cost - self.keep, 0)
 
     def _work(self) -> None:
         buffers = _Buffers()
@@ -255,7 +266,7 @@ class _Run:
                     self._chunk(chunk, buffers)
                 finally:
                     buffers.trim(self.keep)
-                    self.budget.give(chunk.cost)
+                    self.budget.give(self._beyond(chunk))
         except Cancelled:
             pass
         finally:
@@ -268,6 +279,11 @@ class _Run:
         compute = task.compute is not None
         if compute and self._torch_ready.is_set():
             buffers.attach(self.device)
+        spans = [_span(chunk, slot) for slot in task.outputs]
+        needed = {("in", n): _nbytes(_span(chunk, i.slot, i.shared)) for n, i in enumerate(task.inputs)}
+        if compute:
+            needed |= {("out", n): _nbytes(span) for n, span in enumerate(spans)}
+        buffers.make_room(needed, max(chunk.cost, self.keep) - task.work_nbytes)
         inputs = []
         nbytes = again = 0
         for number, entry in enumerate(task.inputs):
@@ -283,7 +299,6 @@ class _Run:
             self._torch_ready.wait()
             if self.budget.cancelled:
                 raise Cancelled
-        spans = [_span(chunk, slot) for slot in task.outputs]
         with self._computing:
             if compute:
                 lane = buffers.attach(self.device)
@@ -335,13 +350,17 @@ class _Run:
             raise ValueRefused(
                 slot.key if slot.key.isprintable() else quote(slot.key),
                 f"the result is too large for {slot.spec.dtype}, though every input is finite",
-                "--dtype bf16 or --dtype fp32 can hold it" if slot.spec.dtype != "BF16" else "--dtype fp32 may hold it",
+                _WIDER.get(slot.spec.dtype, "--dtype bf16 or --dtype fp32 can hold it"),
             )
 
 
 def _span(chunk: Chunk, slot: Slot, shared: bool = False) -> tuple[int, int]:
     """The bytes of the slot that the chunk reads or fills."""
     return slot_span(chunk.task, slot, chunk.start, chunk.stop, shared=shared)
+
+
+def _nbytes(span: tuple[int, int]) -> int:
+    return span[1] - span[0]
 
 
 def _hash_of(leaves: Leaves) -> str:
@@ -378,6 +397,7 @@ class _Buffers:
     def get(self, role: tuple[str, int], nbytes: int) -> memoryview:
         held = self._held.get(role)
         if held is None or len(held) < nbytes:
+            held = None  # or the old buffer would live until the new one is there
             self._drop(role)
             size = max(-(-nbytes // mmap.PAGESIZE), 1) * mmap.PAGESIZE
             held = self._held[role] = memoryview(mmap.mmap(-1, size))
@@ -389,6 +409,18 @@ class _Buffers:
         held = self._held.pop(role, None)
         if held is not None and self.lane is not None:
             self.lane.unpin(held)
+
+    def make_room(self, needed: dict[tuple[str, int], int], nbytes: int) -> None:
+        """Let go of what these buffers do not need, the most first, until they and what is held take `nbytes`."""
+
+        def excess(role: tuple[str, int]) -> int:
+            return max(len(self._held[role]) - needed.get(role, 0), 0)
+
+        while sum(needed.values()) + sum(map(excess, self._held)) > nbytes:
+            role = max(self._held, key=excess, default=None)
+            if role is None or not excess(role):
+                return
+            self._drop(role)
 
     def trim(self, nbytes: int) -> None:
         """Let go of the largest until no more than `nbytes` are held, so that it stays within what was counted."""

@@ -58,6 +58,7 @@ class SafetensorsWriter:
         self._named: Path | None = None
         self._written = 0
         self._flushed = 0
+        self._lost: OSError | None = None
         self._flushing = threading.Lock()
         self._lock = threading.Lock()
         try:
@@ -227,6 +228,8 @@ class SafetensorsWriter:
 
     def _flush_some(self, nbytes: int) -> None:
         """Send what was written to the disk while the rest is computed, rather than all of it at the end."""
+        if self._lost is not None:
+            raise self._failed(self._lost, "cannot be written to the disk")
         self._written += nbytes
         if self._written - self._flushed < _FLUSH_EVERY or not self._flushing.acquire(blocking=False):
             return
@@ -238,9 +241,10 @@ class SafetensorsWriter:
 
     def _flush(self) -> None:
         try:
-            # A failure is not lost: the kernel reports it again to the fsync before the commit.
-            with contextlib.suppress(OSError):
-                _sync_data(self._fd)
+            _sync_data(self._fd)
+        except OSError as e:
+            # Linux reports a failed write to a file descriptor once: the fsync before the commit would succeed.
+            self._lost = e
         finally:
             self._flushing.release()
 
@@ -257,6 +261,8 @@ class SafetensorsWriter:
         self._write(0, memoryview(header))
         with self._flushing:
             try:
+                if self._lost is not None:
+                    raise self._lost
                 os.fsync(self._fd)
             except OSError as e:
                 raise self._failed(e, "cannot be written to the disk") from None

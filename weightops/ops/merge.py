@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -191,10 +192,12 @@ def in_words(settings: Settings, opened: Sequence[Checkpoint]) -> str:
     if settings.weights is None:
         return f"{settings.method.name}({', '.join(names)})"
     if settings.method.name == "add_difference":
-        base, others = names[0], names[1:]
-        return base + "".join(
-            f" {'+' if w >= 0 else '−'} {abs(w):.6g} × ({n} − {base})"
-            for n, w in zip(others, settings.weights, strict=True)
+        base, others, weights = names[0], names[1:], settings.weights
+        start = base
+        if len(others) > 1 and weights[0] == 1:  # a + α(b − c), as everyone writes it
+            start, others, weights = others[0], others[1:], weights[1:]
+        return start + "".join(
+            f" {'+' if w >= 0 else '−'} {abs(w):.6g} × ({n} − {base})" for n, w in zip(others, weights, strict=True)
         )
     signs = [("" if w >= 0 else "−") if i == 0 else ("+ " if w >= 0 else "− ") for i, w in enumerate(settings.weights)]
     terms = [f"{s}{abs(w):.6g} × {n}" for s, w, n in zip(signs, settings.weights, names, strict=True)]
@@ -219,6 +222,13 @@ _TRAINING = frozenset({"ema", "optimizer"})
 
 # Components that are no weights: an average of two noise schedules, or of two markers, is neither.
 _COPIED = frozenset({"schedule", "marker"})
+
+
+def _which(keys: Sequence[str], components: Mapping[str, str]) -> str:
+    """The first few of the keys by name, and of many keys also how many stand in which component."""
+    counts = Counter(components.get(key, "other") for key in keys)
+    several = ", ".join(f"{count:,} {component}" for component, count in counts.most_common())
+    return f"{f' ({several})' if len(keys) > 5 else ''}: {listing(keys)}"
 
 
 def _option(family: str) -> str:
@@ -526,20 +536,24 @@ class _Planner:
         return f"{self.first.tensors[key].spec.dtype} is not averaged: copied from {self.first.label}", True
 
     def _warn(self) -> None:
-        if self.account.kept:
-            keys = [key for key, _ in self.account.kept]
-            self.warnings.append(f"{tensors(len(keys))} kept from {self.first.label} unmerged: {listing(keys)}")
+        keys = [key for key, _ in self.account.kept if self.first_components[key] not in _TRAINING]
+        if keys:
+            which = _which(keys, self.first_components)
+            self.warnings.append(f"{tensors(len(keys))} kept from {self.first.label} unmerged{which}")
         left = [u for u in self.account.unused if not u.asked]
+        components = {model.label: found for model, found in zip(self.opened, self.components, strict=True)}
         for label in dict.fromkeys(u.source for u in left):
             keys = [u.key for u in left if u.source == label]
-            self.warnings.append(f"{tensors(len(keys))} of {label} left out: {listing(keys)}")
-        ema = [key for key, c in self.first_components.items() if c in ("ema", "optimizer")]
+            which = _which(keys, components.get(label, {}))
+            self.warnings.append(f"{tensors(len(keys))} of {label} left out{which}")
+        whole = sum(spec.nbytes for spec in self.outputs.values())
         for component in ("ema", "optimizer"):
-            keys = [key for key in ema if self.first_components[key] == component and key in self.outputs]
+            keys = [key for key in self.outputs if self.first_components[key] == component]
             if keys:
-                size = sum(self.outputs[key].nbytes for key in keys)
+                share = sum(self.outputs[key].nbytes for key in keys) / max(whole, 1)
+                unmerged = f" kept from {self.first.label} unmerged" if self.kept.intersection(keys) else ""
                 self.warnings.append(
-                    f"{tensors(len(keys), component)}, {size / 1e9:.2f} GB of the output; "
+                    f"{tensors(len(keys), component)}{unmerged}, {share:.0%} of the output; "
                     f"--drop {component} leaves them out"
                 )
 
@@ -550,7 +564,7 @@ class _Planner:
             "version": __version__,
             "method": s.method.name,
             "parameters": dict(s.parameters),
-            "vae": len(self.opened) if self.vae_file is not None else s.vae,
+            "vae": s.vae if self.vae_file is None else "file",  # the last of the inputs
             "text_encoder": s.text_encoder,
             "dtype": s.dtype,
             "drop": list(s.drop),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from weightops.errors import UsageError
-from weightops.merging.method import KINDS, SMALL, METHODS, MergeMethod, Weights, merge_method, store
+from weightops.merging.method import KINDS, METHODS, SMALL, MergeMethod, Weights, merge_method, store
 from weightops.plan import Grain
 from weightops.registry import Registry
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -87,6 +88,7 @@ def main(ctx: click.Context) -> None:
 
 def console() -> NoReturn:
     """The console script. Leaves at once: torch takes half a second to take itself apart, for nothing."""
+    _open_missing_streams()
     code: Any = 0
     try:
         run()
@@ -97,6 +99,15 @@ def console() -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def _open_missing_streams() -> None:
+    """Started without stdin, stdout or stderr, the next file to be opened, an output, would take its number."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
 def run(arguments: list[str] | None = None) -> NoReturn:
@@ -127,6 +138,10 @@ def run(arguments: list[str] | None = None) -> NoReturn:
         # Whoever read our output has left; what is still buffered would fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as e:
+        if e.errno != errno.ENOSPC:  # anything else that comes here is our own fault
+            raise
+        fail(f"the answer cannot be printed: {e.strerror}", None, 1)
     except MemoryError as e:
         fail(f"not enough memory: {str(e) or 'the system refused an allocation'}", "a smaller --memory may do", 1)
 

@@ -53,7 +53,7 @@ class SafetensorsWriter:
         self._offsets = layout(specs)
         self._header = encode_header(specs, metadata)
         self.size = len(self._header) + sum(spec.nbytes for spec in specs.values())
-        self._check_target(inputs)
+        check_target(self.path, self.size, force=force, inputs=inputs)
         self._fd = -1
         self._named: Path | None = None
         self._written = 0
@@ -71,51 +71,9 @@ class SafetensorsWriter:
 
     # ------------------------------------------------------------------ before the work
 
-    def _check_target(self, inputs: Sequence[ByteSource]) -> None:
-        folder = self.path.parent
-        if not os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises for what it may not look at
-            if os.path.lexists(folder):
-                raise OutputError(self.label, f"{str(folder)!r} is no folder")
-            raise OutputError(self.label, f"the folder {str(folder)!r} does not exist", "make it first")
-        if os.path.isdir(self.path):  # noqa: PTH112
-            raise OutputError(self.label, "is a folder, expected the name of a file")
-        if not os.access(folder, os.W_OK):
-            raise OutputError(self.label, f"no permission to write into {str(folder)!r}")
-        if self._exists() and not self.force:
-            with contextlib.suppress(OSError):
-                found = self.path.stat()
-                if any(isinstance(f, LocalFile) and f.same_file(found) for f in inputs):
-                    raise OutputError(
-                        self.label,
-                        "is also an input, and an input is never written",
-                        "choose another name, or replace it with --force once the result is whole",
-                    )
-            raise OutputError(self.label, "exists", "choose another name, or replace it with --force")
-        with contextlib.suppress(OSError):  # some file systems do not say; preallocation will
-            free = shutil.disk_usage(folder).free
-            if free < self.size:
-                raise self._no_room(free)
-
-    def _exists(self) -> bool:
-        try:
-            os.lstat(self.path)
-        except FileNotFoundError:
-            return False
-        except OSError as e:
-            raise OutputError(self.label, f"cannot be written: {e.strerror}") from None
-        except ValueError:  # a NUL, or a surrogate that stands for no byte
-            raise OutputError(self.label, "no file can bear this name") from None
-        return True
-
-    def _no_room(self, free: int | None = None) -> OutputError:
-        left = "" if free is None else f", but {free:,} are free"
-        return OutputError(
-            self.label, f"no room: the file takes {self.size:,} bytes{left}", "free some space, or write elsewhere"
-        )
-
     def _failed(self, e: OSError, what: str) -> OutputError:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            return self._no_room()
+            return _no_room(self.path, self.size)
         if e.errno == errno.EFBIG:
             return OutputError(
                 self.label,
@@ -320,6 +278,53 @@ def _give_name(fd: int, name: Path) -> None:
         os.link(f"/proc/self/fd/{fd}", name.name, dst_dir_fd=folder, follow_symlinks=True)
     finally:
         os.close(folder)
+
+
+def check_target(path: Path, nbytes: int, *, force: bool, inputs: Sequence[ByteSource]) -> None:
+    """Refuse, before any work, an output that cannot be written: OutputError for all that can be known now."""
+    label = str(path)
+    folder = path.parent
+    if not os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises for what it may not look at
+        if os.path.lexists(folder):
+            raise OutputError(label, f"{str(folder)!r} is no folder")
+        raise OutputError(label, f"the folder {str(folder)!r} does not exist", "make it first")
+    if os.path.isdir(path):  # noqa: PTH112
+        raise OutputError(label, "is a folder, expected the name of a file")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(label, f"no permission to write into {str(folder)!r}")
+    if _exists(path) and not force:
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            if any(isinstance(f, LocalFile) and f.same_file(found) for f in inputs):
+                raise OutputError(
+                    label,
+                    "is also an input, and an input is never written",
+                    "choose another name, or replace it with --force once the result is whole",
+                )
+        raise OutputError(label, "exists", "choose another name, or replace it with --force")
+    with contextlib.suppress(OSError):  # some file systems do not say; preallocation will
+        free = shutil.disk_usage(folder).free
+        if free < nbytes:
+            raise _no_room(path, nbytes, free)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    except OSError as e:
+        raise OutputError(str(path), f"cannot be written: {e.strerror}") from None
+    except ValueError:  # a NUL, or a surrogate that stands for no byte
+        raise OutputError(str(path), "no file can bear this name") from None
+    return True
+
+
+def _no_room(path: Path, nbytes: int, free: int | None = None) -> OutputError:
+    left = "" if free is None else f", but {free:,} are free"
+    return OutputError(
+        str(path), f"no room: the file takes {nbytes:,} bytes{left}", "free some space, or write elsewhere"
+    )
 
 
 def _rename_to_new(source: Path, target: Path) -> None:

@@ -31,7 +31,7 @@ def convert(
     allow_nonfinite: bool = False,
     memory: int = DEFAULT_MEMORY,
     threads: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     force: bool = False,
     dry_run: bool = False,
     check: bool = False,

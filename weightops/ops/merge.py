@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# How the first model was merged, in other tools' words: of the result it would be untrue.
+ANCESTRY = frozenset({"sd_merge_recipe", "sd_merge_models", "modelspec.merged_from"})
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the user asked of a merge, checked; see `merge` for the meaning of each."""
@@ -71,7 +75,7 @@ def merge(
     allow_nonfinite: bool = False,
     memory: int = DEFAULT_MEMORY,
     threads: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     force: bool = False,
     dry_run: bool = False,
     check: bool = False,
@@ -279,7 +283,7 @@ class _Planner:
             sources=sources,
             outputs=self.outputs,
             tasks=(*self.copies, *self.merges),  # copies first: they need no torch, which is imported meanwhile
-            metadata=kept_metadata(self.first),
+            metadata=kept_metadata(self.first, less=ANCESTRY),
             recipe=self._recipe(),
             refuse_nonfinite=not self.settings.allow_nonfinite,
         )

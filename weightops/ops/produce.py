@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from weightops.engine.chunks import check_memory
 from weightops.engine.run import PLACEHOLDER, Progress, run
-from weightops.errors import UsageError, quote
+from weightops.errors import Interrupted, UsageError, quote
 from weightops.files.checkpoint import INDEX_SUFFIX, PICKLE_SUFFIXES, Checkpoint
 from weightops.files.dtypes import DTYPE_WORDS
 from weightops.files.header import encode_header
+from weightops.files.writer import check_target
 from weightops.merging.method import store
 from weightops.naming.identify import DROPPABLE
 from weightops.ops.report import Account, Report, input_entries, peak_memory_bytes
@@ -65,10 +66,15 @@ def produce(
         check_memory(plan, memory)
         header = encode_header(plan.outputs, plan.finished_metadata([PLACEHOLDER] * len(plan.sources)))
         report.bytes_written = len(header) + sum(spec.nbytes for spec in plan.outputs.values())
+        files = [file for source in plan.sources for file in source.files]
+        check_target(output, report.bytes_written, force=force, inputs=files)
         return report
     outcome = run(plan, output, memory=memory, device=device, threads=threads, force=force, on_progress=on_progress)
     if check:
-        report.verified = verify(plan, output, label=str(output))
+        try:
+            report.verified = verify(plan, output, label=str(output))
+        except (Interrupted, KeyboardInterrupt):
+            raise Interrupted(str(output), "interrupted while it was verified; it is written, and whole") from None
     report.inputs = input_entries(plan.sources, outcome.hashes)
     report.bytes_read, report.bytes_written = outcome.bytes_read, outcome.bytes_written
     report.seconds, report.peak_memory_bytes = outcome.seconds, peak_memory_bytes()
@@ -101,9 +107,9 @@ def named(output: str | os.PathLike[str] | None, stems: str, ending: str = "") -
     return Path(f"{short}{ending}.safetensors")
 
 
-def kept_metadata(opened: Checkpoint) -> dict[str, str]:
-    """The metadata of a file, less what speaks of its exact bytes."""
-    kept = {k: v for k, v in opened.metadata.items() if k not in STALE_METADATA}
+def kept_metadata(opened: Checkpoint, *, less: frozenset[str] = frozenset()) -> dict[str, str]:
+    """The metadata of a file, less what speaks of its exact bytes, and less these keys."""
+    kept = {k: v for k, v in opened.metadata.items() if k not in STALE_METADATA | less}
     return kept if "format" in kept else {"format": "pt", **kept}
 
 

@@ -169,7 +169,7 @@ def copy_floor(a: str, b: str, out: str) -> None:
     """Read both files and write one, in two threads, with an fsync: no merge can do less."""
     first, second = os.open(a, os.O_RDONLY), os.open(b, os.O_RDONLY)
     target = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-    size, step = os.fstat(first).st_size, 1 << 20
+    size, step = os.fstat(first).st_size, 256 << 10  # larger steps measured slower
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(target, 0, size)
 
@@ -197,7 +197,7 @@ def make_pair(model: str, first: str, second: str, scale: str) -> None:
     shrink = math.sqrt(float(scale))
     shapes = {key: [max(1, int(d * shrink)) if d >= 64 else d for d in shape] for key, (_, shape) in layout.items()}
     rng = np.random.default_rng(0)
-    pool = rng.standard_normal(1 << 24, dtype=np.float32).astype(np.float16)
+    pool = (0.03 * rng.standard_normal(1 << 24, dtype=np.float32)).astype(np.float16)
     for path in (Path(first), Path(second)):
         if path.exists():
             continue

@@ -8,6 +8,7 @@ thread to a compute thread to a writer thread. One feeder (whoever holds its loc
 
 from __future__ import annotations
 
+import gc
 import itertools
 import mmap
 import os
@@ -221,8 +222,13 @@ class _Run:
         self._torch_ready.set()
 
     def _import_torch(self) -> None:
-        from weightops.engine.tensors import resolve_device, set_cpu_threads
-
+        collecting = gc.isenabled()
+        gc.disable()  # an import makes a million objects and hardly any garbage; looking for it takes a tenth of the time
+        try:
+            from weightops.engine.tensors import resolve_device, set_cpu_threads
+        finally:
+            if collecting:
+                gc.enable()
         self.device = resolve_device(self.device)
         set_cpu_threads()
         if self.device != "cpu":

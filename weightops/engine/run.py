@@ -223,7 +223,7 @@ class _Run:
 
     def _import_torch(self) -> None:
         collecting = gc.isenabled()
-        gc.disable()  # an import makes a million objects and hardly any garbage; looking for it takes a tenth of the time
+        gc.disable()  # an import makes many objects and hardly any garbage; looking for it takes a tenth of the time
         try:
             from weightops.engine.tensors import resolve_device, set_cpu_threads
         finally:

@@ -172,12 +172,12 @@ class SafetensorsWriter:
             done += piece.nbytes
 
     def _write(self, offset: int, data: memoryview) -> None:
+        done = 0
         try:
-            done = 0
             while done < len(data):
                 done += self._write_some(offset + done, data[done : done + _WRITE_NBYTES])
         except OSError as e:
-            raise self._failed(e, f"cannot be written at byte {offset:,}") from None
+            raise self._failed(e, f"cannot be written at byte {offset + done:,}") from None
         self._flush_some(len(data))
 
     def _write_some(self, offset: int, data: memoryview) -> int:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weightops.naming.keymap import ARCHITECTURES, NETWORKS, Architecture
+from weightops.naming.recognise import Match, Unsure, agrees, canonical_shapes, recognise, variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -27,11 +31,19 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("transformer_2.", "transformer_2"),
     ("first_stage_model.", "vae"),
     ("vae.", "vae"),
+    ("cond_stage_model.transformer.", "text_encoder"),
+    ("cond_stage_model.model.", "text_encoder"),
     ("cond_stage_model.", "text_encoder"),
+    ("conditioner.embedders.0.transformer.", "text_encoder"),
+    ("conditioner.embedders.0.model.", "text_encoder"),
     ("conditioner.embedders.0.", "text_encoder"),
+    ("conditioner.embedders.1.model.", "text_encoder_2"),
     ("conditioner.embedders.1.", "text_encoder_2"),
+    ("text_encoders.clip_l.transformer.", "text_encoder"),
     ("text_encoders.clip_l.", "text_encoder"),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2"),
     ("text_encoders.clip_g.", "text_encoder_2"),
+    ("text_encoders.t5xxl.transformer.", "text_encoder_3"),
     ("text_encoders.t5xxl.", "text_encoder_3"),
     ("text_encoders.", "text_encoder"),
     ("text_encoder.", "text_encoder"),
@@ -52,13 +64,6 @@ PREFIXES: tuple[tuple[str, str], ...] = (
 # Text encoders alone, whose own names begin like a component's.
 _BARE = ("transformer.resblocks.", "transformer.text_model.")
 
-# What diffusers calls a component where the prefix alone does not tell.
-_RENAMED: dict[tuple[str | None, str], str] = {
-    ("sdxl_refiner", "text_encoder"): "text_encoder_2",
-    ("flux", "text_encoder_3"): "text_encoder_2",
-    ("chroma", "text_encoder_3"): "text_encoder",
-}
-
 # Whole keys: the noise schedule's buffers, and empty tensors that mark how a model was trained.
 SCHEDULE = frozenset({
     "alphas_cumprod", "alphas_cumprod_prev", "betas", "log_one_minus_alphas_cumprod", "logvar",
@@ -71,80 +76,12 @@ MARKERS = frozenset({"v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_
 # Metadata that says the same as a marker tensor.
 MARKER_METADATA = ("modelspec.prediction_type", "ss_v_parameterization", "ss_zero_terminal_snr")
 
-# (architecture, spelling, keys): keys, without the diffusion model's prefix, that together only this architecture has
-# in this spelling. The first row of which all keys are found counts, so relatives stand before the model that they
-# descend from. None: a relative that is not named here, and must not be taken for its ancestor.
-# Source: FORMATS §1; for the Nones ComfyUI 0b61ce5, model_detection.py.
-ARCHITECTURES: tuple[tuple[str | None, str | None, tuple[str, ...]], ...] = (
-    # UNets
-    (None, None, ("input_blocks.1.1.time_stack.0.attn1.to_q.weight",)),  # Stable Video Diffusion
-    (None, None, ("down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1.to_q.weight",)),
-    (None, None, ("down_blocks.0.temp_attentions.0.proj_in.weight",)),  # ModelScope, text to video
-    ("sdxl_refiner", "original", ("input_blocks.4.1.transformer_blocks.3.norm1.weight",)),
-    ("sdxl_refiner", "diffusers", ("down_blocks.1.attentions.0.transformer_blocks.3.norm1.weight",)),
-    ("sdxl", "original", ("input_blocks.7.1.transformer_blocks.9.norm1.weight",)),
-    ("sdxl", "diffusers", ("down_blocks.2.attentions.0.transformer_blocks.9.norm1.weight",)),
-    # the Flux family, in which each descendant keeps most of the names
-    ("flux2", "original", ("single_stream_modulation.lin.weight",)),
-    ("flux2", "diffusers", ("single_stream_modulation.linear.weight",)),
-    (None, None, ("distilled_guidance_layer.in_proj.bias", "nerf_blocks.0.norm.scale")),  # Chroma Radiance
-    (None, None, ("distilled_guidance_layer.in_proj.bias", "nerf_blocks.0.norm.weight")),
-    ("chroma", "diffusers", ("distilled_guidance_layer.in_proj.bias", "context_embedder.weight")),
-    ("chroma", "original", ("distilled_guidance_layer.in_proj.bias", "txt_in.weight")),
-    (None, None, ("cond_type_embed.weight",)),  # HunyuanVideo 1.5
-    (None, None, ("cond_type_embedding.weight",)),
-    (None, None, ("byt5_in.fc1.weight",)),  # HunyuanImage
-    ("hunyuan_video", "original", (
-        "txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.weight",
-        "vector_in.in_layer.weight",
-    )),
-    ("hunyuan_video", "diffusers", (
-        "context_embedder.token_refiner.refiner_blocks.0.norm1.weight",
-        "time_text_embed.text_embedder.linear_1.weight",
-    )),
-    ("flux", "original", (
-        "double_blocks.0.img_attn.norm.key_norm.scale", "vector_in.in_layer.weight", "img_in.weight",
-    )),
-    ("flux", "original", (
-        "double_blocks.0.img_attn.norm.key_norm.weight", "vector_in.in_layer.weight", "img_in.weight",
-    )),
-    ("flux", "diffusers", (
-        "single_transformer_blocks.0.norm.linear.weight",
-        "time_text_embed.text_embedder.linear_1.weight",
-        "x_embedder.weight",
-    )),
-    # other transformers
-    ("sd3", "original", ("joint_blocks.0.context_block.adaLN_modulation.1.bias",)),
-    ("sd3", "diffusers", ("pos_embed.proj.weight", "time_text_embed.text_embedder.linear_1.weight")),
-    ("wan", "original", ("head.modulation",)),
-    ("wan", "diffusers", ("condition_embedder.time_proj.weight",)),
-    ("z_image", "original", ("layers.0.adaLN_modulation.0.weight", "layers.0.attention.qkv.weight")),
-    ("z_image", "diffusers", ("layers.0.adaLN_modulation.0.weight", "layers.0.attention.to_q.weight")),
-    ("lumina2", "original", ("layers.0.adaLN_modulation.1.weight", "noise_refiner.0.adaLN_modulation.1.weight")),
-    (None, None, ("time_caption_embed.caption_embedder.0.weight", "image_index_embedding")),  # OmniGen2
-    ("lumina2", "diffusers", ("time_caption_embed.caption_embedder.0.weight",)),
-    ("qwen_image", "diffusers", ("transformer_blocks.0.img_mod.1.weight",)),  # its own names are diffusers'
-)  # fmt: skip
-# SD1 and SD2 have the same names: SD1 projects with a 1x1 convolution, SD2 with a matrix.
-_SD_PROJECTIONS = (
-    ("original", "input_blocks.1.1.proj_in.weight"),
-    ("diffusers", "down_blocks.0.attentions.0.proj_in.weight"),
-)
-_UNETS = frozenset({"sd15", "sd2", "sdxl", "sdxl_refiner"})
-
 _ADAPTER = re.compile(
     r"[._:](lora_up|lora_down|lora_A|lora_B|lora\.up|lora\.down|hada_w[12]_[ab]|lokr_w[12](_[ab])?|lokr_t2|oft_blocks|oft_R"
     r"|lora_mid|dora_scale|lora_linear_layer|to_[qkv]_lora|to_out_lora|(qkv|proj)_lora[12]?)\b"
     r"|^(unet|text_encoder):\d+:(up|down)$|^(lora_unet|lora_te[123]?|lora_transformer|lycoris)_"
 )
 _VAE = ("decoder.conv_in.weight", "decoder.conv_in.bias", "encoder.conv_in.weight", "decoder.conv1.weight")
-_VAE_SPELLINGS = (
-    ("original", "decoder.mid.block_1.conv1.weight"),
-    ("original", "encoder.mid.block_1.conv1.weight"),
-    ("original", "decoder.conv1.weight"),  # Wan
-    ("diffusers", "decoder.mid_block.resnets.0.conv1.weight"),
-    ("diffusers", "encoder.mid_block.resnets.0.conv1.weight"),
-)
 _TEXT = (
     ("text_model.encoder.layers.0.self_attn.q_proj.weight", "text_model.embeddings.token_embedding.weight"),
     ("encoder.layers.0.self_attn.q_proj.weight", "embeddings.token_embedding.weight"),
@@ -192,75 +129,165 @@ def body_of(key: str) -> str:
     return key if found is None else key[len(found[0]) :]
 
 
-def architecture_of(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The architecture whose own names stand in the header; None is an honest answer."""
-    return _identify(tensors)[0]
-
-
-def _identify(tensors: Mapping[str, TensorInfo]) -> tuple[str | None, str | None]:
-    """Architecture and spelling of the diffusion model."""
-    bodies = {body_of(key): info for key, info in tensors.items() if component_of(key) in _DIFFUSION}
-    for architecture, spelling, marks in ARCHITECTURES:
-        if all(mark in bodies for mark in marks):
-            return architecture, spelling
-    for spelling, mark in _SD_PROJECTIONS:
-        if mark in bodies:
-            architecture = {4: "sd15", 2: "sd2"}.get(len(bodies[mark].spec.shape))
-            return architecture, spelling if architecture else None
-    return None, None
-
-
-def spelling_of(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """original (the authors' names, as single files have them) or diffusers; None where it cannot be told."""
-    kind = kind_of(tensors)
-    if kind in ("checkpoint", "controlnet"):
-        return _identify(tensors)[1]
-    if kind == "vae":
-        bodies = {body_of(key) for key in tensors}
-        return next((spelling for spelling, mark in _VAE_SPELLINGS if mark in bodies), None)
-    return None
-
-
-_DIFFUSION = frozenset({MODEL, "unet", "transformer", "controlnet", None})
 _TEXT_ENCODERS = frozenset({"text_encoder", "text_encoder_2", "text_encoder_3"})
 
 
-def kind_of(tensors: Mapping[str, TensorInfo]) -> str:
-    """checkpoint, lora, vae, text_encoder, embedding, controlnet or unknown."""
+_ROLES: dict[str | None, tuple[str, ...]] = {
+    MODEL: ("unet", "transformer"),
+    "unet": ("unet", "transformer"),
+    "transformer": ("transformer", "unet"),
+    "transformer_2": ("transformer",),
+    "vae": ("vae",),
+    "text_encoder": ("text_encoder",),
+    "text_encoder_2": ("text_encoder",),
+    "text_encoder_3": ("text_encoder",),
+    None: ("unet", "transformer", "vae", "text_encoder"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The tensors of one component: key -> name without the component's prefix, and the network that it is."""
+
+    bodies: Mapping[str, str]
+    found: Match | Unsure
+
+    @property
+    def match(self) -> Match | None:
+        return self.found if isinstance(self.found, Match) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a header is. `architecture` is that of the diffusion model; of a VAE or a text encoder alone, its variant.
+
+    kind: checkpoint, lora, vae, text_encoder, embedding, controlnet or unknown. components: key -> component.
+    possible: the networks that it may be, where names and shapes cannot tell. strangers: keys within a known
+    network's component that are none of its tensors.
+    """
+
+    kind: str
+    architecture: str | None
+    spelling: str | None
+    variant: str | None
+    parts: Mapping[str, Part]
+    components: Mapping[str, str]
+    possible: tuple[str, ...] = ()
+
+    @property
+    def strangers(self) -> tuple[str, ...]:
+        found = []
+        for part in self.parts.values():
+            if part.match is not None:
+                strange = set(part.match.strangers)
+                found.extend(key for key, body in part.bodies.items() if body in strange)
+        return tuple(found)
+
+
+def identify(tensors: Mapping[str, TensorInfo]) -> Identity:
+    """Everything that a header's names and shapes tell. Adapters are looked at more closely in weightops.lora."""
+    if any(_ADAPTER.search(key) for key in tensors):
+        return Identity("lora", None, None, None, {}, dict.fromkeys(tensors, "adapter"))
+    groups: dict[str | None, dict[str, str]] = {}
+    for key in tensors:
+        groups.setdefault(component_of(key), {})[key] = body_of(key)
+    parts = {group: _part(group, bodies, tensors) for group, bodies in groups.items() if group in _ROLES}
+    parts |= {"ema": _average(groups["ema"], tensors)} if "ema" in groups else {}
+    kind = _kind(tensors, groups, parts)
+    model = next((parts[g] for g in (MODEL, "unet", "transformer", None) if g in parts), None)
+    match = model.match if model is not None else None
+    if kind == "unknown" and match is not None:
+        match = None
+    architecture = match and _architecture_with(match.network.name)
+    if match is None and kind in ("vae", "text_encoder") and len(set(parts) - {"ema"}) == 1:
+        match = next(iter(parts.values())).match
+    named = architecture.name if architecture else match and (match.variant or match.network.name)
+    possible = next((p.found.possible for p in parts.values() if isinstance(p.found, Unsure)), ())
+    components = _components(tensors, groups, kind, architecture, match)
+    renamed = {components[next(iter(part.bodies))]: part for part in parts.values() if part.bodies}
+    return Identity(
+        kind, named, match and match.spelling, match and match.variant, renamed, components, () if match else possible
+    )
+
+
+def _part(group: str | None, bodies: dict[str, str], tensors: Mapping[str, TensorInfo]) -> Part:
+    shapes = {body: tensors[key].spec.shape for key, body in bodies.items() if not _beside(body)}
+    return Part(bodies, recognise(shapes, _ROLES[group]))
+
+
+def _beside(body: str) -> bool:
+    """Is it a tensor that may stand in any file: a mark of how the weights are stored?"""
+    return body in MARKERS or body in SCHEDULE or body == "scaled_fp8" or body.startswith("__")
+
+
+def _average(bodies: dict[str, str], tensors: Mapping[str, TensorInfo]) -> Part:
+    """LDM's average of the weights, whose names have lost their dots, or any other copy of them."""
+    plain = {key: body.removeprefix("diffusion_model") for key, body in bodies.items()}
+    for _, network in NETWORKS:
+        table = network.tables().get("original") if network.role == "unet" else None
+        if table is None or not plain:
+            continue
+        claims = {body: table.squashed(body) for body in plain.values() if body not in ("decay", "num_updates")}
+        known = {body: claim for body, claim in claims.items() if claim is not None}
+        shapes = {body: tensors[key].spec.shape for key, body in plain.items()}
+        canonical = canonical_shapes(known, shapes)
+        if known and len(known) == len(claims) and all(agrees(n, s, network.needs) for n, s in canonical):
+            return Part(plain, Match(network, "original", variant_of(network, canonical)))
+    return Part(bodies, Unsure())
+
+
+def _architecture_with(network: str) -> Architecture | None:
+    """The architecture whose diffusion model is this network."""
+    return next((a for _, a in ARCHITECTURES if a.components[0].network == network), None)
+
+
+def _kind(tensors: Mapping[str, TensorInfo], groups: Mapping[str | None, Any], parts: Mapping[str | None, Part]) -> str:
     if not tensors:
         return "unknown"
-    if any(_ADAPTER.search(key) for key in tensors):
-        return "lora"
     # Averages and optimizer states say how a file was trained, not what it is.
-    found = {component_of(key) for key in tensors} - {"ema", "optimizer"}
-    bodies = {body_of(key) for key in tensors}
+    found = groups.keys() - {"ema", "optimizer"}
+    bodies = {body for keys in groups.values() for body in keys.values()}
     if "controlnet" in found or any(mark in bodies for mark in _CONTROL):
         return "controlnet"
-    if architecture_of(tensors) is not None or found & {MODEL, "unet", "transformer"}:
+    if found & {MODEL, "unet", "transformer", "transformer_2"}:
         return "checkpoint"
-    if found == {"vae"} or (found == {None} and any(mark in bodies for mark in _VAE)):
+    alone = parts[None].match if None in parts else None
+    role = alone.network.role if alone is not None else None
+    if role in ("unet", "transformer"):
+        return "checkpoint"
+    if found == {"vae"} or (found == {None} and (role == "vae" or any(mark in bodies for mark in _VAE))):
         return "vae"
     if found and found <= _TEXT_ENCODERS:
         return "text_encoder"
-    if found == {None} and any(all(mark in bodies for mark in marks) for marks in _TEXT):
+    if found == {None} and (role == "text_encoder" or any(all(m in bodies for m in marks) for marks in _TEXT)):
         return "unknown" if any(key.startswith(_WHOLE) for key in tensors) else "text_encoder"
     if len(tensors) <= 3 and all(key in _EMBEDDING or _TOKEN.fullmatch(key) for key in tensors):
         return "embedding"
     return "unknown"
 
 
-def components_of(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """key -> component, for every key. The diffusion model is called unet or transformer where that is known."""
-    kind, architecture = kind_of(tensors), architecture_of(tensors)
-    if kind == "lora":
-        return dict.fromkeys(tensors, "adapter")
-    model = MODEL if architecture is None else "unet" if architecture in _UNETS else "transformer"
-    found = {key: component_of(key) for key in tensors}
+def _components(
+    tensors: Mapping[str, TensorInfo], groups: Mapping[str | None, Any], kind: str,
+    architecture: Architecture | None, match: Match | None,
+) -> dict[str, str]:  # fmt: skip
+    """key -> component, for every key; named as diffusers names them, where the architecture is known."""
+    role = match.network.role if match is not None else None
+    model = role if role in ("unet", "transformer") else MODEL
     # A key without a prefix belongs to the diffusion model only where that has none either.
-    prefixed = not {MODEL, "unet", "transformer"}.isdisjoint(found.values())
+    prefixed = not {MODEL, "unet", "transformer"}.isdisjoint(groups)
     alone = "other" if prefixed else {"checkpoint": model, "unknown": "other"}.get(kind, kind)
-    named = {None: alone, MODEL: model}
-    return {key: _RENAMED.get((architecture, c or ""), named.get(c, c or alone)) for key, c in found.items()}
+    named: dict[str | None, str] = {None: alone, MODEL: model}
+    found = {}
+    for group, keys in groups.items():
+        for key in keys:
+            found[key] = named.get(group) or group or alone
+    if architecture is not None:
+        places = [(c.prefix, c.name) for c in architecture.components if c.prefix]
+        places += [(c.comfy, c.name) for c in architecture.components if c.comfy]
+        for prefix, name in sorted(places, key=lambda place: -len(place[0])):
+            stem = prefix.removesuffix("transformer.").removesuffix("model.") if name != model else prefix
+            found |= {key: name for key in tensors if key.startswith(stem or prefix) and found[key] != "ema"}
+    return {key: found[key] for key in tensors}
 
 
 # Names that stand beside weights whose values mean nothing without them. Source: ComfyUI (scaled fp8), bitsandbytes.

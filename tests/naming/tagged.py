@@ -1,0 +1,101 @@
+"""Tagged tensors: of the real shapes, each row with values of its own, in hardly any memory; and our tables applied."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from weightops.naming.keymap import NETWORKS, heights
+
+KEYS = Path(__file__).parents[3] / "shared" / "data" / "keys"
+needs_lists = pytest.mark.skipif(not KEYS.is_dir(), reason="the lists of real models (../shared/data) are not here")
+
+
+def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a list."""
+    with gzip.open(KEYS / f"{name}.json.gz") as f:
+        return {key: tuple(entry["shape"]) for key, entry in json.load(f).items()}
+
+
+def tagged(shapes: dict[str, tuple[int, ...]], start: int = 1) -> dict[str, Tensor]:
+    """A tensor of each shape, whose row number i is filled with tag + i; small matrices differ in columns as well."""
+    found, tag = {}, start
+    for key, shape in shapes.items():
+        rows = torch.arange(tag, tag + (shape[0] if shape else 1), dtype=torch.float64)
+        tag += 1_000_000
+        tensor = rows.reshape(-1, *[1] * (len(shape) - 1)) if shape else rows.reshape(())
+        if len(shape) == 2 and shape[0] * shape[1] <= 1 << 21:
+            tensor = tensor + torch.arange(shape[1], dtype=torch.float64) / 65536
+        found[key] = tensor.expand(shape)
+    return found
+
+
+def to_canonical(network: str, spelling: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What our table of this spelling makes of the tensors."""
+    table = NETWORKS.get(network).tables()[spelling]
+    found = {}
+    for key, tensor in tensors.items():
+        claim = table.claim(key)
+        if claim is None:
+            assert table.is_extra(key), f"{key} is unclaimed"
+            continue
+        rule = claim.rule
+        if rule.squared and tensor.dim() == 4:
+            tensor = tensor[:, :, 0, 0]
+        if rule.transposed:
+            tensor = tensor.T
+        if rule.swapped:
+            first, second = tensor.chunk(2)
+            tensor = torch.cat([second, first])
+        parts = [tensor]
+        if len(claim.names) > 1:
+            weight = tensors.get(key.removesuffix("bias") + "weight", tensor)
+            bands = heights(rule, len(tensor), weight.shape[1] if weight.dim() > 1 else None)
+            assert bands is not None, f"{key} cannot be cut into {rule.heights}"
+            parts = list(tensor.split(bands))
+        for name, part in zip(claim.names, parts, strict=True):
+            assert name not in found, f"{name} comes twice"
+            found[name] = part
+    return found
+
+
+def from_canonical(network: str, spelling: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in this spelling, as our table writes them."""
+    table = NETWORKS.get(network).tables()[spelling]
+    found = {}
+    for name in tensors:
+        spelled = table.spelled(name)
+        assert spelled is not None, f"{name} has no name in {spelling}"
+        rule, key, names = spelled
+        if key in found:
+            continue
+        tensor = torch.cat([tensors[n] for n in names]) if len(names) > 1 else tensors[name]
+        if rule.swapped:
+            first, second = tensor.chunk(2)
+            tensor = torch.cat([second, first])
+        if rule.transposed:
+            tensor = tensor.T
+        if rule.squared and tensor.dim() == 2:
+            tensor = tensor[:, :, None, None]
+        found[key] = tensor
+    return found
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same names, shapes and values."""
+    assert sorted(found) == sorted(expected)
+    for name, tensor in found.items():
+        assert tensor.shape == expected[name].shape, name
+        assert torch.equal(_thin(tensor), _thin(expected[name])), name
+
+
+def _thin(tensor: Tensor) -> Tensor:
+    """One value of each row of what is large; its rows are constant."""
+    while tensor.numel() > 1 << 22 and tensor.dim() > 1:
+        tensor = tensor[..., 0]
+    return tensor

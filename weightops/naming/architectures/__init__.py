@@ -1,0 +1,1 @@
+"""One file per architecture: tables of names, marks of its sizes, and its blocks. No code."""

@@ -1,0 +1,169 @@
+"""Which network, in which spelling and size, has tensors of these names and shapes? "Cannot tell" is an answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from weightops.naming.keymap import NETWORKS, Claim, Network, Table, Variant
+
+Shape = tuple[int, ...]
+
+# A file may hold a few tensors that are no part of its network; a relative of a network holds many.
+STRANGERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A network, the spelling of its names, its variant (None: not to be told, or of no released size)."""
+
+    network: Network
+    spelling: str
+    variant: str | None
+    strangers: tuple[str, ...] = ()
+
+    @property
+    def table(self) -> Table:
+        return self.network.tables()[self.spelling]
+
+
+@dataclass(frozen=True, slots=True)
+class Unsure:
+    """Several networks have these names and shapes, or (none given) no network has."""
+
+    possible: tuple[str, ...] = ()
+
+
+def recognise(shapes: Mapping[str, Shape | None], roles: Iterable[str]) -> Match | Unsure:
+    """The network whose tensors these are: names without a component's prefix -> shapes (None: not known).
+
+    Names decide; shapes only where several networks have the names. A network with fewer unknown names wins.
+    """
+    wanted = frozenset(roles)
+    found: dict[int, list[tuple[Network, str, dict[str, Claim], list[str]]]] = {}
+    allowed = STRANGERS if len(shapes) > 10 * STRANGERS else 0
+    for _, network in NETWORKS:
+        if network.role not in wanted:
+            continue
+        best: tuple[str, dict[str, Claim], list[str]] | None = None
+        for spelling, table in network.tables().items():
+            claims, strangers = _claims(table, shapes, allowed)
+            if len(strangers) <= allowed and claims and (best is None or len(strangers) < len(best[2])):
+                best = spelling, claims, strangers
+        if best is not None:
+            found.setdefault(len(best[2]), []).append((network, *best))
+    if not found:
+        return Unsure()
+    candidates = []
+    for network, spelling, claims, strangers in found[min(found)]:
+        canonical = canonical_shapes(claims, shapes)
+        if all(agrees(name, shape, network.needs) for name, shape in canonical):
+            candidates.append((network, spelling, tuple(strangers), canonical))
+    fitting = [c for c in candidates if any(fits(v, c[3]) for v in c[0].variants)]
+    chosen = candidates if len(candidates) == 1 else fitting
+    if len(chosen) != 1:
+        return Unsure(tuple(sorted(c[0].name for c in (chosen or candidates))))
+    network, spelling, strangers_, canonical = chosen[0]
+    return Match(network, spelling, variant_of(network, canonical), strangers_)
+
+
+def _claims(table: Table, names: Iterable[str], allowed: int) -> tuple[dict[str, Claim], list[str]]:
+    """What the table knows of the names; given up when more than `allowed` are strangers to it."""
+    claims: dict[str, Claim] = {}
+    strangers: list[str] = []
+    for name in names:
+        claim = table.claim(name)
+        if claim is not None:
+            claims[name] = claim
+        elif not table.is_extra(name):
+            strangers.append(name)
+            if len(strangers) > allowed:
+                break
+    return claims, strangers
+
+
+def canonical_shapes(
+    claims: Mapping[str, Claim], shapes: Mapping[str, Shape | None]
+) -> list[tuple[str, Shape | None]]:
+    """Canonical names with their shapes; None for what a packed or rearranged tensor holds."""
+    found: list[tuple[str, Shape | None]] = []
+    for key, claim in claims.items():
+        rule = claim.rule
+        plain = len(claim.names) == 1 and not (rule.squared or rule.transposed)
+        shape = shapes[key]
+        if not plain and shape is not None and len(set(rule.heights)) == 1 and rule.heights[0] == "=":
+            # Equal bands: each is a share of the whole.
+            share = None if shape[0] % len(claim.names) else (shape[0] // len(claim.names), *shape[1:])
+            found.extend((name, share) for name in claim.names)
+        else:
+            found.extend((name, shape if plain else None) for name in claim.names)
+    return found
+
+
+def agrees(name: str, shape: Shape | None, wanted: Mapping[str, tuple[int | None, ...]]) -> bool:
+    """Does the shape contradict none that its name should have?"""
+    row = _row(name, wanted)
+    if row is None or shape is None:
+        return True
+    # A factor of a LoRA of unknown rank is written as -1.
+    return len(row) == len(shape) and all(w is None or s in (w, -1) for w, s in zip(row, shape, strict=True))
+
+
+def fits(variant: Variant, canonical: Iterable[tuple[str, Shape | None]]) -> bool:
+    """Does every tensor that the variant speaks of have its shape and number, and is there at least one?"""
+    checked = 0
+    for name, shape in canonical:
+        row = _row(name, variant.shapes)
+        if row is not None and shape is not None:
+            if not agrees(name, shape, variant.shapes):
+                return False
+            checked += 1
+        for template, count in variant.counts.items():
+            before, _, after = template.partition("{}")
+            if name.startswith(before):
+                number = name[len(before) :].partition(".")[0]
+                if number.isdigit() and name[len(before) + len(number) :].startswith(after):
+                    if int(number) >= count:
+                        return False
+    return checked > 0
+
+
+def variant_of(
+    network: Network, canonical: Iterable[tuple[str, Shape | None]], *, whole: bool = True
+) -> str | None:
+    """The one variant that the shapes fit; `whole`: of a checkpoint, whose absent tensors say something too."""
+    listed = list(canonical)
+    names = {name for name, _ in listed}
+    found = []
+    for variant in network.variants:
+        if whole and not (names.issuperset(variant.has) and names.isdisjoint(variant.lacks)):
+            continue
+        if fits(variant, listed):
+            found.append((sum(_row(n, variant.shapes) is not None for n, _ in listed), variant.name))
+    if not found:
+        return None
+    most = Counter(n for n, _ in found)
+    top = max(most)
+    return next(name for n, name in found if n == top) if most[top] == 1 else None
+
+
+def _row(name: str, wanted: Mapping[str, tuple[int | None, ...]]) -> tuple[int | None, ...] | None:
+    """The shape that a table of templates gives the name."""
+    found = wanted.get(name)
+    if found is None and wanted:
+        found = wanted.get(_template(name))
+    if found is None and wanted:
+        found = next((row for template, row in wanted.items() if "{}" in template and _is_like(name, template)), None)
+    return found
+
+
+def _template(name: str) -> str:
+    return ".".join("{}" if word.isdigit() else word for word in name.split("."))
+
+
+def _is_like(name: str, template: str) -> bool:
+    words, wanted = name.split("."), template.split(".")
+    return len(words) == len(wanted) and all(
+        w == "{}" and word.isdigit() or w == word for word, w in zip(words, wanted, strict=True)
+    )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weightops.files.checkpoint import Checkpoint
+    from weightops.files.folder import OutputFile
     from weightops.files.tensor import Slot, TensorSpec
 
 
@@ -40,6 +41,8 @@ class Block(NamedTuple):
 
 # Reads the inputs of one block, fills the outputs of it, and returns a value to collect (a scan) or None.
 Compute = Callable[["Sequence[Tensor]", "Sequence[Tensor]", Block], Any]
+# The same on bytes: of a whole tensor where it is shared or not to be cut, else those of the block.
+RawCompute = Callable[["Sequence[memoryview]", "Sequence[memoryview]", Block], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class Input:
 class Task:
     """One piece of work: `compute=None` copies the bytes of the one input to the one output.
 
+    No inputs: `compute` makes the outputs from nothing, as with constants. What outputs hold before is chance:
+    it fills all of them. `raw`: it is a RawCompute, and torch is not needed.
     `work_nbytes` are the bytes of working copies that `compute` makes for a block, at most.
     With ROWS, all slots that are not shared have equally many rows.
     """
@@ -62,9 +67,20 @@ class Task:
     name: str
     inputs: tuple[Input, ...]
     outputs: tuple[Slot, ...]
-    compute: Compute | None = None
+    compute: Compute | RawCompute | None = None
     grain: Grain = Grain.ROWS
     work_nbytes: int = 0
+    raw: bool = False
+
+    def __post_init__(self) -> None:
+        if self.raw and self.grain is Grain.ROWS:
+            for slot in (*self.outputs, *(i.slot for i in self.inputs if not i.shared)):
+                if slot.spec.rows * slot.spec.row_nbytes != slot.spec.nbytes:
+                    raise ValueError(f"{self.name}: the rows of {slot.spec} do not fill whole bytes")
+
+    @property
+    def needs_torch(self) -> bool:
+        return self.compute is not None and not self.raw
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +89,9 @@ class Plan:
 
     `metadata` is written as it stands; `recipe` joins it under the key `weightops`, with the name and the
     hash of each source filled in. With `refuse_nonfinite`, NaN or Inf among the outputs is an error.
+    `files`: the output is a folder, in which each output stands in one of these, beside `extras`, files whose
+    bytes are given by path. `data_hashes`: keys of the metadata, and the format of each ("0x{}"), for the SHA-256
+    of all bytes after the header of the file in which they stand.
     """
 
     sources: tuple[Checkpoint, ...]
@@ -81,13 +100,28 @@ class Plan:
     metadata: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Any] | None = None
     refuse_nonfinite: bool = False
+    files: tuple[OutputFile, ...] = ()
+    extras: Mapping[str, bytes] = field(default_factory=dict)
+    data_hashes: Mapping[str, str] = field(default_factory=dict)
 
-    def finished_metadata(self, hashes: Sequence[str]) -> dict[str, str]:
-        """The output's metadata, given the hash of each source; its length does not depend on their digits."""
+    def __post_init__(self) -> None:
+        if self.extras and not self.files:
+            raise ValueError("extras stand in a folder, so they need `files` beside them")
+
+    def file_metadata(self, hashes: Sequence[str]) -> list[dict[str, str]]:
+        """The finished metadata of each file of the output, in order: of each of `files`, or of the one file."""
+        return [self.finished_metadata(hashes, f.metadata) for f in self.files] or [self.finished_metadata(hashes)]
+
+    def finished_metadata(self, hashes: Sequence[str], more: Mapping[str, str] | None = None) -> dict[str, str]:
+        """The output's metadata, given the hash of each source; its length does not depend on their digits.
+
+        more: that of one file of a folder. `data_hashes` are not among it: who writes the file fills them in.
+        """
+        metadata = {**self.metadata, **(more or {})}
         if self.recipe is None:
-            return dict(self.metadata)
+            return metadata
         # A file's name may be any bytes, but a header is Unicode.
         names = [s.name.encode(errors="surrogateescape").decode(errors="replace") for s in self.sources]
         inputs = [{"name": name, "hash": h} for name, h in zip(names, hashes, strict=True)]
         recipe = {**self.recipe, "inputs": inputs}
-        return {**self.metadata, "weightops": json.dumps(recipe, sort_keys=True, ensure_ascii=False)}
+        return {**metadata, "weightops": json.dumps(recipe, sort_keys=True, ensure_ascii=False)}

@@ -339,12 +339,12 @@ def test_ctrl_c_ends_the_run(tmp_path: Path, naming: str, number: int) -> None:
 def test_buffers_are_let_go_after_an_error(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
 
-    class Seen(engine._Buffers):
+    class Seen(engine.Buffers):
         def __init__(self) -> None:
             super().__init__()
             made.append(self)
 
-    monkeypatch.setattr(engine, "_Buffers", Seen)
+    monkeypatch.setattr(engine, "Buffers", Seen)
     count_writes(case, monkeypatch, 9, errno.EIO)
     with pytest.raises(OutputError):
         case.run()

@@ -18,7 +18,6 @@ from conftest import no_workers_left, save, save_raw
 from safetensors.torch import load_file
 
 from weightops.engine import chunks
-from weightops.engine import run as engine
 from weightops.engine.run import Outcome, run
 from weightops.errors import MemoryRefused, OutputError, UsageError, ValueRefused
 from weightops.files.checkpoint import Checkpoint, open_checkpoint
@@ -223,7 +222,7 @@ def test_buffers_never_take_more_than_the_budget(
     opened: list[Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, threads: int
 ) -> None:
     """Also those that workers keep between chunks: what is kept is as little free as what is in use."""
-    monkeypatch.setattr(engine.mmap, "mmap", _Counted)
+    monkeypatch.setattr(mmap, "mmap", _Counted)
     _Counted.live = _Counted.peak = 0
     plan = averaged(opened)
     plan = replace(plan, tasks=tuple(replace(t, work_nbytes=16 * BLOCK if t.compute else 0) for t in plan.tasks))
@@ -245,7 +244,7 @@ def test_workers_fill_the_same_buffers_again(
             made.append(arguments[1])
             return super().__new__(cls, *arguments, **named)
 
-    monkeypatch.setattr(engine.mmap, "mmap", Seen)
+    monkeypatch.setattr(mmap, "mmap", Seen)
     plan = averaged(opened)
     wide = replace(plan, tasks=tuple(t for t in plan.tasks if t.name == "wide") * 10)
     outcome = run(wide, tmp_path / "out", memory=30 * MIB, threads=4)

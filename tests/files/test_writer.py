@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import random
 import signal
@@ -243,7 +245,7 @@ def test_the_room_is_claimed_before_the_work(tmp_path: Path) -> None:
         pytest.skip("this system cannot preallocate")
     specs = {"w": TensorSpec("U8", (3 << 20,))}
     writer = SafetensorsWriter(tmp_path / "out.safetensors", specs, {})
-    found = os.fstat(writer._fd)
+    found = os.fstat(writer._file.fd)
     writer.close()
     assert found.st_size == writer.size
     assert found.st_blocks * 512 >= 3 << 20
@@ -292,6 +294,72 @@ def test_a_relative_name_is_written_into_the_current_folder(
 def test_a_name_may_be_as_long_as_the_system_allows(tmp_path: Path, naming: str, force: bool, name: str) -> None:
     write(tmp_path / name, SOME, force=force)
     assert listing(tmp_path) == [name]
+
+
+# ------------------------------------------------------------------------------------------------ the hash of the data
+
+HASHES = {"sshs_model_hash": "{}", "modelspec.hash_sha256": "0x{}"}
+
+
+def write_hashed(path: Path, metadata: Mapping[str, str], **rest: Any) -> bytes:
+    """What was written, with the hash of its data in its metadata."""
+    writer = SafetensorsWriter(path, specs_of(SOME), metadata, data_hashes=HASHES, **rest)
+    with contextlib.closing(writer):
+        for key, tensor in SOME.items():
+            data = data_of(tensor)
+            writer.write_bytes(Slot(key, specs_of(SOME)[key]), 0, len(data), data)
+        assert writer.commit(metadata) == path.stat().st_size == writer.size
+    return path.read_bytes()
+
+
+def texts_of(data: bytes) -> dict[str, str]:
+    text: dict[str, str] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    return text
+
+
+@pytest.mark.parametrize("piece", [1 << 20, 777])
+def test_the_hash_is_of_all_that_follows_the_header(
+    tmp_path: Path, naming: str, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(module, "_HASH_NBYTES", piece)
+    data = write_hashed(tmp_path / "out.safetensors", {**META, "sshs_model_hash": "of another file"})
+    found = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    assert texts_of(data) == {"format": "pt", "sshs_model_hash": found, "modelspec.hash_sha256": f"0x{found}"}
+    assert load_file(tmp_path / "out.safetensors")["w"].equal(SOME["w"])
+
+
+def test_the_hash_of_no_data_is_that_of_nothing(tmp_path: Path) -> None:
+    writer = SafetensorsWriter(tmp_path / "out.safetensors", {}, {}, data_hashes={"hash": "{}"})
+    with contextlib.closing(writer):
+        writer.commit({})
+    assert texts_of((tmp_path / "out.safetensors").read_bytes())["hash"] == hashlib.sha256(b"").hexdigest()
+
+
+def test_without_positional_reads_the_hash_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = write_hashed(tmp_path / "a.safetensors", META)
+    monkeypatch.delattr(os, "preadv", raising=False)
+    assert write_hashed(tmp_path / "b.safetensors", META) == expected
+
+
+def test_data_that_cannot_be_read_back_is_an_error_and_nothing_is_left(
+    tmp_path: Path, naming: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.safetensors"
+    begins = len(save(SOME, {**META, **{k: f.format("0" * 64) for k, f in HASHES.items()}})) - 20_008
+    for broken, what in (
+        (no(number=errno.EIO), f"cannot be read back at byte {begins:,}: {os.strerror(errno.EIO)}"),
+        (lambda *_: 0, f"ends at byte {begins:,}, expected {begins + 20_008:,}: something cut it"),
+    ):
+        monkeypatch.setattr(os, "preadv", broken)
+        with pytest.raises(OutputError) as caught:
+            write_hashed(path, META)
+        assert str(caught.value) == f"{path}: {what}"
+        assert listing(tmp_path) == []
+
+
+def test_nothing_is_read_back_where_no_hash_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "preadv", no())
+    write(tmp_path / "out.safetensors", SOME)
 
 
 # ------------------------------------------------------------------------------------------------ lesser systems
@@ -426,7 +494,7 @@ def test_a_run_whose_file_was_cleared_before_it_was_locked_makes_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(os, "O_TMPFILE", raising=False)
-    really = module._lock
+    really = module.lock
     cleared = []
 
     def lock(fd: int, *, wait: bool) -> bool:
@@ -435,7 +503,7 @@ def test_a_run_whose_file_was_cleared_before_it_was_locked_makes_another(
             cleared[0].unlink()
         return really(fd, wait=wait)
 
-    monkeypatch.setattr(module, "_lock", lock)
+    monkeypatch.setattr(module, "lock", lock)
     write(tmp_path / "out.safetensors", SOME)
     assert len(cleared) == 1
     assert listing(tmp_path) == ["out.safetensors"]
@@ -826,13 +894,13 @@ def test_what_is_lost_along_the_way_is_not_forgotten(tmp_path: Path, monkeypatch
         with monkeypatch.context() as patch, contextlib.closing(writer):
             patch.setattr(module, "_sync_data", no(number=errno.EIO))
             writer.write_bytes(Slot("w", spec), 0, 50_000, memoryview(bytes(50_000)))
-            with writer._flushing:  # the flush has ended
+            with writer._file._flushing:  # the flush has ended
                 patch.undo()
             if early:
                 with pytest.raises(OutputError) as caught:
                     writer.write_bytes(Slot("w", spec), 0, 10, memoryview(bytes(10)))
             else:
-                monkeypatch.setattr(writer, "_flush_some", lambda _: None)  # as if it ended after the last write
+                monkeypatch.setattr(writer._file, "_flush_some", lambda _: None)  # as if it ended after the last write
                 with pytest.raises(OutputError) as caught:
                     writer.commit({})
         assert str(caught.value).startswith(f"{path}: cannot be written to the disk: ")
@@ -846,7 +914,7 @@ def test_without_a_thread_to_be_had_the_last_fsync_does_it_all(tmp_path: Path, m
             threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("can't start new thread"))
         )
         writer = begin(tmp_path / "out.safetensors", SOME)
-        size = writer._written
+        size = writer._file._written
         assert size > 1000
     within(10, lambda: writer.commit({}))
     within(10, writer.close)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from weightops.naming.keymap import NETWORKS, heights
+from weightops.naming.keymap import NETWORKS, Rule, heights, swaps
 
 KEYS = Path(__file__).parents[3] / "shared" / "data" / "keys"
 needs_lists = pytest.mark.skipif(not KEYS.is_dir(), reason="the lists of real models (../shared/data) are not here")
@@ -49,13 +49,11 @@ def to_canonical(network: str, spelling: str, tensors: dict[str, Tensor]) -> dic
             tensor = tensor[:, :, 0, 0]
         if rule.transposed:
             tensor = tensor.T
-        if rule.swapped:
-            first, second = tensor.chunk(2)
-            tensor = torch.cat([second, first])
+        features = _features(key, tensors)
+        tensor = _swapped(rule, tensor, features, key)
         parts = [tensor]
         if len(claim.names) > 1:
-            weight = tensors.get(key.removesuffix("bias") + "weight", tensor)
-            bands = heights(rule, len(tensor), weight.shape[1] if weight.dim() > 1 else None)
+            bands = heights(rule, len(tensor), features)
             assert bands is not None, f"{key} cannot be cut into {rule.heights}"
             parts = list(tensor.split(bands))
         for name, part in zip(claim.names, parts, strict=True):
@@ -74,10 +72,8 @@ def from_canonical(network: str, spelling: str, tensors: dict[str, Tensor]) -> d
         rule, key, names = spelled
         if key in found:
             continue
-        tensor = torch.cat([tensors[n] for n in names]) if len(names) > 1 else tensors[name]
-        if rule.swapped:
-            first, second = tensor.chunk(2)
-            tensor = torch.cat([second, first])
+        tensor = _cat([tensors[n] for n in names]) if len(names) > 1 else tensors[name]
+        tensor = _swapped(rule, tensor, _features(name, tensors), name)
         if rule.transposed:
             tensor = tensor.T
         if rule.squared and tensor.dim() == 2:
@@ -92,6 +88,26 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, tensor in found.items():
         assert tensor.shape == expected[name].shape, name
         assert torch.equal(_thin(tensor), _thin(expected[name])), name
+
+
+def _features(key: str, tensors: dict[str, Tensor]) -> int | None:
+    """How many inputs the module of this weight or bias has, where its weight is there to tell."""
+    weight = tensors.get(key.removesuffix("bias") + "weight", tensors[key])
+    return weight.shape[1] if weight.dim() > 1 else None
+
+
+def _swapped(rule: Rule, tensor: Tensor, features: int | None, name: str) -> Tensor:
+    answer = swaps(rule, len(tensor) if tensor.dim() else 1, features)
+    assert answer is not None, f"{name}: nothing tells whether its halves trade places"
+    return _cat(list(tensor.chunk(2))[::-1]) if answer else tensor
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    """Along axis 0, in hardly any memory where every row is constant."""
+    if all(p.dim() > 1 and set(p.stride()[1:]) == {0} for p in parts):
+        firsts = [p[(slice(None), *[slice(0, 1)] * (p.dim() - 1))] for p in parts]
+        return torch.cat(firsts).expand(-1, *parts[0].shape[1:])
+    return torch.cat(parts)
 
 
 def _thin(tensor: Tensor) -> Tensor:

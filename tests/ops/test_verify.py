@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +11,22 @@ import torch
 from conftest import save
 
 import weightops
+from weightops.engine.run import run
 from weightops.errors import ValueRefused
 from weightops.files.checkpoint import open_checkpoint
+from weightops.files.folder import OutputFile
+from weightops.files.tensor import Slot, TensorSpec
 from weightops.ops.merge import _settings, plan_merge
 from weightops.ops.verify import ulps, verify
+from weightops.plan import Grain, Input, Plan, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
+
+    from weightops.files.checkpoint import Checkpoint
+    from weightops.plan import Block
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
@@ -125,3 +133,78 @@ def test_units_in_the_last_place_of_fp16(found: float, exact: float, units: floa
 
 def test_units_of_nothing_are_none() -> None:
     assert ulps(torch.zeros(0), torch.zeros(0, dtype=torch.float64)) == 0.0
+
+
+# ------------------------------------------------------------------------------------------------ any plan
+
+
+def turned(inputs: Sequence[memoryview], outputs: Sequence[memoryview], _block: Block) -> None:
+    outputs[0][:] = inputs[0][::-1]
+
+
+def fours(_inputs: Sequence[memoryview], outputs: Sequence[memoryview], _block: Block) -> None:
+    outputs[0][:] = bytes([4]) * len(outputs[0])
+
+
+def fused(inputs: Sequence[Tensor], outputs: Sequence[Tensor], _block: Block) -> None:
+    w, up, down = (t if t.dtype == torch.float64 else t.float() for t in inputs)
+    outputs[0].copy_(w + up @ down)
+
+
+def halves(inputs: Sequence[Tensor], outputs: Sequence[Tensor], _block: Block) -> None:
+    """Two outputs of different heights, from one whole matrix."""
+    outputs[0].copy_(inputs[0][:, :2] / 2)
+    outputs[1].copy_(inputs[0][:2] / 2)
+
+
+def any_plan(source: Checkpoint) -> Plan:
+    w, up, down = (source.slot(key) for key in ("w", "up", "down"))
+    outputs = {
+        "turned": w.spec, "fours": TensorSpec("U8", (70,)), "fused": w.spec, "copied": w.spec,
+        "left": TensorSpec("BF16", (300, 2)), "top": TensorSpec("BF16", (2, 400)), "none": TensorSpec("F16", (0, 3)),
+    }  # fmt: skip
+    slots = {key: Slot(key, spec) for key, spec in outputs.items()}
+    tasks = (
+        Task("turned", (Input(0, w),), (slots["turned"],), turned, Grain.TENSOR, raw=True),
+        Task("fours", (), (slots["fours"],), fours, raw=True),
+        Task("fused", (Input(0, w), Input(0, up), Input(0, down, shared=True)), (slots["fused"],), fused),
+        Task("copied", (Input(0, w),), (slots["copied"],)),
+        Task("halves", (Input(0, w),), (slots["left"], slots["top"]), halves, Grain.TENSOR),
+        Task("none", (), (slots["none"],), fours, raw=True),
+    )
+    files = (
+        OutputFile("a/1.safetensors", {key: f"{key}.weight" for key in ("turned", "fours", "fused", "top")}),
+        OutputFile("2.safetensors", {key: key for key in ("copied", "left", "none")}),
+    )
+    return Plan((source,), outputs, tasks, files=files)
+
+
+@pytest.mark.parametrize("folder", [True, False])
+@pytest.mark.parametrize("flipped", [None, "turned", "fours", "fused", "copied", "left", "top"])
+def test_any_plan_is_checked_wherever_its_tensors_stand(tmp_path: Path, folder: bool, flipped: str | None) -> None:
+    """Whole tensors, shared inputs, several outputs, bytes, none at all; under other names, in several files."""
+    half = torch.float16
+    made = torch.Generator().manual_seed(0)
+    tensors = {k: torch.randn(*s, generator=made).to(half) for k, s in (("w", (300, 400)), ("up", (300, 4)))}
+    tensors["down"] = torch.randn(4, 400, generator=made).to(half)
+    with open_checkpoint(save(tmp_path / "in.safetensors", tensors)) as source:
+        plan = any_plan(source)
+        if not folder:
+            plan = replace(plan, files=())
+        run(plan, tmp_path / "out", memory=1 << 24)
+        if flipped is None:
+            found = verify(plan, tmp_path / "out", label="out")
+            assert found["blocks"] == 6
+            assert found["values"] == 2 * 300 * 400 + 70 + 2 * 300 * 400 + 300 * 2 + 2 * 400
+            assert found["largest_ulp"] <= 0.6
+            return
+        places = {key: (f.path, name) for f in plan.files for key, name in f.keys.items()}
+        path, name = places.get(flipped, ("", flipped))
+        with open_checkpoint(tmp_path / "out" / path) as written:
+            info = written.tensors[name]
+        data = bytearray((tmp_path / "out" / path).read_bytes())
+        data[info.start + 3] ^= 0x7F
+        (tmp_path / "out" / path).write_bytes(data)
+        task = "halves" if flipped in ("left", "top") else flipped
+        with pytest.raises(ValueRefused, match=rf"^out: tensor '{task}' is .* off its float64 reference$"):
+            verify(plan, tmp_path / "out", label="out")

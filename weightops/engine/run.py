@@ -10,27 +10,28 @@ from __future__ import annotations
 
 import gc
 import itertools
-import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from weightops.engine.budget import Budget, Cancelled
+from weightops.engine.buffers import Buffers
 from weightops.engine.chunks import Chunk, check_memory, chunk_target, cut, slot_span, smallest_memory
 from weightops.engine.finite import first_nonfinite
+from weightops.engine.raw import compute_raw
 from weightops.errors import ValueRefused, quote
+from weightops.files.folder import FolderWriter
 from weightops.files.writer import SafetensorsWriter
 from weightops.plan import Block
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from weightops.engine.tensors import Lane
     from weightops.files.tensor import Slot
-    from weightops.plan import Plan
+    from weightops.plan import Plan, Task
 
 EXTRA_WORKERS = 2  # where workers wait for something other than the processor
 LOOK_AHEAD = 16  # chunks whose bytes the operating system is asked to fetch before they are read
@@ -76,7 +77,7 @@ def run(
     force: bool = False,
     on_progress: Progress = ignore,
 ) -> Outcome:
-    """Carry out `plan`; with outputs, `output` appears whole or not at all.
+    """Carry out `plan`; with outputs, the file or folder `output` appears whole or not at all.
 
     memory: bytes in flight. device: auto, cpu, cuda, cuda:N. threads: blocks computed at once on the CPU
     (None: the usable cores). on_progress(done, total) is called from this thread, in bytes.
@@ -84,27 +85,32 @@ def run(
     """
     started = time.perf_counter()
     check_memory(plan, memory)
-    writer = None
-    if plan.outputs:
-        assert output is not None
-        writer = SafetensorsWriter(
-            output,
-            plan.outputs,
-            plan.finished_metadata([PLACEHOLDER] * len(plan.sources)),
-            force=force,
-            inputs=[f for source in plan.sources for f in source.files],
-        )
+    writer = _open_writer(plan, output, force=force) if plan.outputs or plan.files else None
     try:
         outcome = _Run(plan, writer, memory, device, threads or usable_cores()).go(on_progress)
         for source in plan.sources:
             source.check_unchanged()
         if writer is not None:
-            outcome.bytes_written = writer.commit(plan.finished_metadata(outcome.hashes))
+            outcome.bytes_written = writer.commit(*plan.file_metadata(outcome.hashes))
     finally:
         if writer is not None:
             writer.close()
     outcome.seconds = time.perf_counter() - started
     return outcome
+
+
+def _open_writer(plan: Plan, output: Path | None, *, force: bool) -> SafetensorsWriter | FolderWriter:
+    assert output is not None
+    metadata = plan.file_metadata([PLACEHOLDER] * len(plan.sources))
+    inputs = [file for source in plan.sources for file in source.files]
+    if not plan.files:
+        return SafetensorsWriter(
+            output, plan.outputs, metadata[0], data_hashes=plan.data_hashes, force=force, inputs=inputs
+        )
+    return FolderWriter(
+        output, plan.outputs, plan.files, metadata, extras=plan.extras, data_hashes=plan.data_hashes,
+        force=force, inputs=inputs,
+    )  # fmt: skip
 
 
 PLACEHOLDER = "xxh3_128:" + "0" * 32
@@ -116,7 +122,9 @@ _WIDER: dict[str, str | None] = {"BF16": "--dtype fp32 may hold it", "F32": None
 class _Run:
     """The state that the workers of one run share."""
 
-    def __init__(self, plan: Plan, writer: SafetensorsWriter | None, memory: int, device: str, threads: int) -> None:
+    def __init__(
+        self, plan: Plan, writer: SafetensorsWriter | FolderWriter | None, memory: int, device: str, threads: int
+    ) -> None:
         self.plan = plan
         self.writer = writer
         self.device = device
@@ -131,7 +139,7 @@ class _Run:
         self.keep = min(3 * memory // (4 * workers), (memory - smallest_memory(plan)[0]) // max(workers - 1, 1))
         self.kept = self.keep * workers
         self.budget = Budget(memory - self.kept)
-        self.total = sum(i.slot.spec.nbytes for t in plan.tasks for i in t.inputs)
+        self.total = sum(slot.spec.nbytes for task in plan.tasks for slot in _measure(task))
         self.done = 0
         self.bytes_read = 0
         self.chunks = 0
@@ -150,10 +158,9 @@ class _Run:
     # ------------------------------------------------------------------ the caller's thread
 
     def go(self, on_progress: Progress) -> Outcome:
-        compute = any(task.compute is not None for task in self.plan.tasks)
         shown = -1
         try:
-            if compute:
+            if any(task.needs_torch for task in self.plan.tasks):
                 self._start(1, self._import_torch)
             self._start(self.workers, self._work)
             # Where the system fetches ahead, a worker hardly waits, and more of them would only take turns.
@@ -265,7 +272,7 @@ class _Run:
         return max(chunk.cost - self.keep, 0)
 
     def _work(self) -> None:
-        buffers = _Buffers()
+        buffers = Buffers()
         try:
             while (chunk := self._next()) is not None:
                 try:
@@ -278,49 +285,52 @@ class _Run:
         finally:
             buffers.trim(0)
 
-    def _chunk(self, chunk: Chunk, buffers: _Buffers) -> None:
+    def _chunk(self, chunk: Chunk, buffers: Buffers) -> None:
         task = chunk.task
         if self.budget.cancelled:
             raise Cancelled
-        compute = task.compute is not None
-        if compute and self._torch_ready.is_set():
+        if task.needs_torch and self._torch_ready.is_set():
             buffers.attach(self.device)
         spans = [_span(chunk, slot) for slot in task.outputs]
         needed = {("in", n): _nbytes(_span(chunk, i.slot, i.shared)) for n, i in enumerate(task.inputs)}
-        if compute:
+        if task.compute is not None:
             needed |= {("out", n): _nbytes(span) for n, span in enumerate(spans)}
         buffers.make_room(needed, max(chunk.cost, self.keep) - task.work_nbytes)
-        inputs = []
-        nbytes = again = 0
-        for number, entry in enumerate(task.inputs):
-            start, stop = _span(chunk, entry.slot, entry.shared)
-            buffer = buffers.get(("in", number), stop - start)
-            self.plan.sources[entry.source].read_bytes(entry.slot, start, stop, buffer)
-            inputs.append(buffer)
-            nbytes += stop - start
-            again += stop - start if entry.shared and chunk.start else 0
+        inputs, nbytes, again = self._read(chunk, buffers)
         with self._computing:
             self._hash(chunk, inputs)
-        if compute:
+        if task.needs_torch:
             self._torch_ready.wait()
             if self.budget.cancelled:
                 raise Cancelled
         with self._computing:
-            if compute:
-                lane = buffers.attach(self.device)
-                outputs = [buffers.get(("out", n), stop - start) for n, (start, stop) in enumerate(spans)]
-                self._collect(chunk, lane.compute(chunk, inputs, outputs))
-            else:
-                outputs = inputs
+            outputs = inputs
+            if task.compute is not None:
+                compute = buffers.attach(self.device).compute if task.needs_torch else compute_raw
+                outputs = [buffers.get(("out", n), _nbytes(span)) for n, span in enumerate(spans)]
+                self._collect(chunk, compute(chunk, inputs, outputs))
             if self.plan.refuse_nonfinite:
                 self._check_finite(chunk, inputs, outputs)
         if self.writer is not None:
             for slot, (start, stop), buffer in zip(task.outputs, spans, outputs, strict=True):
                 self.writer.write_bytes(slot, start, stop, buffer)
         with self._state:
-            self.done += nbytes - again
+            self.done += nbytes - again if task.inputs else sum(map(_nbytes, spans))
             self.bytes_read += nbytes
             self.chunks += 1
+
+    def _read(self, chunk: Chunk, buffers: Buffers) -> tuple[list[memoryview], int, int]:
+        """The chunk's inputs, the bytes that were read, and how many of them an earlier chunk has read before."""
+        inputs = []
+        nbytes = again = 0
+        for number, entry in enumerate(chunk.task.inputs):
+            start, stop = _span(chunk, entry.slot, entry.shared)
+            buffer = buffers.get(("in", number), stop - start)
+            self.plan.sources[entry.source].read_bytes(entry.slot, start, stop, buffer)
+            inputs.append(buffer)
+            nbytes += stop - start
+            again += stop - start if entry.shared and chunk.start else 0
+        return inputs, nbytes, again
 
     def _collect(self, chunk: Chunk, values: list[Any]) -> None:
         if any(v is not None for v in values):
@@ -360,6 +370,11 @@ class _Run:
             )
 
 
+def _measure(task: Task) -> Iterable[Slot]:
+    """The slots whose bytes tell how far a task is: what it reads, or what it fills if it reads nothing."""
+    return [entry.slot for entry in task.inputs] or task.outputs
+
+
 def _span(chunk: Chunk, slot: Slot, shared: bool = False) -> tuple[int, int]:
     """The bytes of the slot that the chunk reads or fills."""
     return slot_span(chunk.task, slot, chunk.start, chunk.stop, shared=shared)
@@ -381,54 +396,3 @@ def _hash_of(leaves: Leaves) -> str:
         total.update(f"{key}\0{position}\0".encode())
         total.update(digest)
     return "xxh3_128:" + total.hexdigest()
-
-
-class _Buffers:
-    """The page-aligned buffers of one worker, by role, used again for the next chunk."""
-
-    def __init__(self) -> None:
-        self.lane: Lane | None = None
-        self._held: dict[tuple[str, int], memoryview] = {}
-
-    def attach(self, device: str) -> Lane:
-        """This worker's lane; made when torch is there, which can be after the first buffers were filled."""
-        if self.lane is None:
-            from weightops.engine.tensors import make_lane
-
-            self.lane = make_lane(device)
-            for buffer in self._held.values():
-                self.lane.pin(buffer)
-        return self.lane
-
-    def get(self, role: tuple[str, int], nbytes: int) -> memoryview:
-        held = self._held.get(role)
-        if held is None or len(held) < nbytes:
-            held = None  # or the old buffer would live until the new one is there
-            self._drop(role)
-            size = max(-(-nbytes // mmap.PAGESIZE), 1) * mmap.PAGESIZE
-            held = self._held[role] = memoryview(mmap.mmap(-1, size))
-            if self.lane is not None:
-                self.lane.pin(held)
-        return held[:nbytes]
-
-    def _drop(self, role: tuple[str, int]) -> None:
-        held = self._held.pop(role, None)
-        if held is not None and self.lane is not None:
-            self.lane.unpin(held)
-
-    def make_room(self, needed: dict[tuple[str, int], int], nbytes: int) -> None:
-        """Let go of what these buffers do not need, the most first, until they and what is held take `nbytes`."""
-
-        def excess(role: tuple[str, int]) -> int:
-            return max(len(self._held[role]) - needed.get(role, 0), 0)
-
-        while sum(needed.values()) + sum(map(excess, self._held)) > nbytes:
-            role = max(self._held, key=excess, default=None)
-            if role is None or not excess(role):
-                return
-            self._drop(role)
-
-    def trim(self, nbytes: int) -> None:
-        """Let go of the largest until no more than `nbytes` are held, so that it stays within what was counted."""
-        while self._held and sum(map(len, self._held.values())) > nbytes:
-            self._drop(max(self._held, key=lambda role: len(self._held[role])))

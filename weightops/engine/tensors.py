@@ -6,7 +6,7 @@ The only module of the core that imports torch at its top; the engine imports it
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from weightops.engine.chunks import Chunk
     from weightops.files.tensor import TensorSpec
+    from weightops.plan import Compute
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -87,16 +88,16 @@ class Lane(Protocol):
 
 def _blocks(chunk: Chunk, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Any]:
     task = chunk.task
-    assert task.compute is not None
+    compute = cast("Compute", task.compute)
     values = []
     with torch.no_grad():
         if task.grain is Grain.TENSOR:  # slots may differ in height here
-            return [task.compute(inputs, outputs, block) for block in chunk.blocks()]
+            return [compute(inputs, outputs, block) for block in chunk.blocks()]
         for block in chunk.blocks():
             low, high = block.start - chunk.start, block.stop - chunk.start
             given = [t if i.shared or t.ndim == 0 else t[low:high] for i, t in zip(task.inputs, inputs, strict=True)]
             filled = [t if t.ndim == 0 else t[low:high] for t in outputs]
-            values.append(task.compute(given, filled, block))
+            values.append(compute(given, filled, block))
     return values
 
 

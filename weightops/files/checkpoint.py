@@ -35,8 +35,9 @@ class Checkpoint:
     """Tensors by name, wherever their bytes are.
 
     `label` is what the user typed; `name` the file's own name, without folders; `container` one of
-    safetensors, pickle, shards, diffusers. `left_out`: what the files hold beside the tensors, with reasons.
-    `components`: for a diffusers folder, its components, whose names begin the tensors' names.
+    safetensors, pickle, shards, diffusers, peft. `left_out`: what the files hold beside the tensors, with reasons.
+    `components`: for a diffusers folder, its components, whose names begin the tensors' names. `place`: the folder
+    that the file stands in, or that was opened.
     """
 
     label: str
@@ -46,6 +47,7 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     components: tuple[str, ...] = ()
+    place: Place | None = None
 
     @property
     def name(self) -> str:
@@ -91,6 +93,24 @@ class Checkpoint:
     def fetches_ahead(self) -> bool:
         """Are bytes that `will_need` announced on their way, so that reading them hardly waits?"""
         return all(isinstance(f, LocalFile) and hasattr(os, "posix_fadvise") for f in self.files)
+
+    def json_beside(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in the file `name` beside the weights; None if there is none. Raises FormatError."""
+        if self.place is None or not _is_file(self.place / name):
+            return None
+        return _read_json(self.place / name, f"{self.label} ({name})")
+
+    def bytes_beside(self, name: str) -> bytes | None:
+        """The bytes of a small file beside the weights; None if there is none. Raises FormatError."""
+        if self.place is None or not _is_file(self.place / name):
+            return None
+        source = _open_source(self.place / name, f"{self.label} ({name})")
+        try:
+            if source.size > _MAX_JSON_BYTES:
+                raise FormatError(source.label, f"holds {source.size:,} bytes, expected at most {_MAX_JSON_BYTES:,}")
+            return read(source, 0, source.size)
+        finally:
+            source.close()
 
     def check_unchanged(self) -> None:
         for file in self.files:
@@ -162,9 +182,11 @@ def _open_file(path: Place, label: str) -> Checkpoint:
             from weightops.files.pickled import read_pickled
 
             pickled = read_pickled(source)
-            return Checkpoint(label, "pickle", [source], pickled.tensors, pickled.metadata, pickled.left_out)
+            return Checkpoint(
+                label, "pickle", [source], pickled.tensors, pickled.metadata, pickled.left_out, place=path.parent
+            )
         header = read_header(source)
-        return Checkpoint(label, "safetensors", [source], header.tensors, header.metadata)
+        return Checkpoint(label, "safetensors", [source], header.tensors, header.metadata, place=path.parent)
     except BaseException:
         source.close()
         raise
@@ -214,7 +236,7 @@ def _open_shards(index: Place, label: str) -> Checkpoint:
         missing = [key for key in table if key not in tensors]
         if missing:
             raise FormatError(label, f"the index names tensors that no shard holds: {listing(missing)}")
-        return Checkpoint(label, "shards", files, tensors, metadata, left_out)
+        return Checkpoint(label, "shards", files, tensors, metadata, left_out, place=index.parent)
     except BaseException:
         _close_all(files)
         raise
@@ -282,6 +304,9 @@ def _component_file(folder: Place, label: str) -> Place | None:
 def _open_component(folder: Place, label: str) -> Checkpoint:
     path = _component_file(folder, label)
     if path is None:
+        adapted = [c for c in _ADAPTED if _is_file(folder / c / "adapter_model.safetensors")]
+        if adapted:
+            return _open_parts(folder, label, [(c, folder / c / "adapter_model.safetensors") for c in adapted], "peft")
         held = sorted(p.name for p in folder.glob("*"))
         raise UsageError(
             label,
@@ -298,23 +323,34 @@ def _open_component(folder: Place, label: str) -> Checkpoint:
 def _open_diffusers(folder: Place, label: str) -> Checkpoint:
     """Every component with weights, each tensor named `component.name`."""
     index = _read_json(folder / "model_index.json", label)
+    parts: list[tuple[str, Place]] = []
+    left_out: list[tuple[str, str]] = []
+    for component, kind in _components(index, label):
+        where = f"{label} ({component})"
+        path = _component_file(folder / component, where) if _is_dir(folder / component) else None
+        if path is not None:
+            parts.append((component, path))
+        elif not kind.endswith(_WEIGHTLESS):
+            left_out.append((component, f"a {quote(kind)} without weights in its folder"))
+    opened = _open_parts(folder, label, parts, "diffusers")
+    opened.left_out[:0] = left_out
+    if not opened.tensors:
+        raise FormatError(label, "a diffusers folder without weights", "fetch the folders of its components too")
+    return opened
+
+
+def _open_parts(folder: Place, label: str, parts: list[tuple[str, Place]], container: str) -> Checkpoint:
+    """Several components' weights as one, each tensor named `component.name`."""
     files: list[ByteSource] = []
     tensors: dict[str, TensorInfo] = {}
-    components: list[str] = []
     left_out: list[tuple[str, str]] = []
     try:
-        for component, kind in _components(index, label):
+        for component, path in parts:
             where = f"{label} ({component})"
-            path = _component_file(folder / component, where) if _is_dir(folder / component) else None
-            if path is None:
-                if not kind.endswith(_WEIGHTLESS):
-                    left_out.append((component, f"a {quote(kind)} without weights in its folder"))
-                continue
             try:
                 opened = _open(path, str(path))
             except WeightopsError as e:
                 raise type(e)(where, e.what, e.hint) from None
-            components.append(component)
             left_out.extend((f"{component}.{key}", reason) for key, reason in opened.left_out)
             for file in opened.files:
                 file.label = where
@@ -324,10 +360,11 @@ def _open_diffusers(folder: Place, label: str) -> Checkpoint:
     except BaseException:
         _close_all(files)
         raise
-    if not tensors:
-        raise FormatError(label, "a diffusers folder without weights", "fetch the folders of its components too")
-    return Checkpoint(label, "diffusers", files, tensors, {}, left_out, tuple(components))
+    return Checkpoint(label, container, files, tensors, {}, left_out, tuple(c for c, _ in parts), folder)
 
+
+# Folders of components that may each hold a PEFT adapter.
+_ADAPTED = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 # How the names of classes end that have settings, but no weights.
 _WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "FeatureExtractor", "Processor", "ProcessorFast")

@@ -77,8 +77,9 @@ MARKERS = frozenset({"v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_
 MARKER_METADATA = ("modelspec.prediction_type", "ss_v_parameterization", "ss_zero_terminal_snr")
 
 _ADAPTER = re.compile(
-    r"[._:](lora_up|lora_down|lora_A|lora_B|lora\.up|lora\.down|hada_w[12]_[ab]|lokr_w[12](_[ab])?|lokr_t2|oft_blocks|oft_R"
-    r"|lora_mid|dora_scale|lora_linear_layer|to_[qkv]_lora|to_out_lora|(qkv|proj)_lora[12]?)\b"
+    r"[._:](lora_up|lora_down|lora_mid|lora_A|lora_B|lora\.up|lora\.down|lora_magnitude_vector|hada_w[12]_[ab]|hada_t[12]"
+    r"|lokr_w[12](_[ab])?|lokr_t2|oft_blocks|oft_R|dora_scale|lora_linear_layer|to_[qkv]_lora|to_out_lora"
+    r"|(qkv|proj)_lora[12]?)\b|\.([ab][12]\.weight|on_input|diff|diff_b|w_norm|b_norm|(set|reshape)_(weight|bias))$"
     r"|^(unet|text_encoder):\d+:(up|down)$|^(lora_unet|lora_te[123]?|lora_transformer|lycoris)_"
 )
 _VAE = ("decoder.conv_in.weight", "decoder.conv_in.bias", "encoder.conv_in.weight", "decoder.conv1.weight")
@@ -176,7 +177,7 @@ class Identity:
 
     @property
     def strangers(self) -> tuple[str, ...]:
-        found = []
+        found: list[str] = []
         for part in self.parts.values():
             if part.match is not None:
                 strange = set(part.match.strangers)
@@ -186,7 +187,7 @@ class Identity:
 
 def identify(tensors: Mapping[str, TensorInfo]) -> Identity:
     """Everything that a header's names and shapes tell. Adapters are looked at more closely in weightops.lora."""
-    if any(_ADAPTER.search(key) for key in tensors):
+    if any(_ADAPTER.search(key) for key in tensors) or _is_pairs(tensors):
         return Identity("lora", None, None, None, {}, dict.fromkeys(tensors, "adapter"))
     groups: dict[str | None, dict[str, str]] = {}
     for key in tensors:
@@ -195,19 +196,27 @@ def identify(tensors: Mapping[str, TensorInfo]) -> Identity:
     parts |= {"ema": _average(groups["ema"], tensors)} if "ema" in groups else {}
     kind = _kind(tensors, groups, parts)
     model = next((parts[g] for g in (MODEL, "unet", "transformer", None) if g in parts), None)
-    match = model.match if model is not None else None
-    if kind == "unknown" and match is not None:
-        match = None
-    architecture = match and _architecture_with(match.network.name)
+    match = model.match if model is not None and kind != "unknown" else None
+    architecture = architecture_with(match.network.name) if match is not None else None
     if match is None and kind in ("vae", "text_encoder") and len(set(parts) - {"ema"}) == 1:
         match = next(iter(parts.values())).match
-    named = architecture.name if architecture else match and (match.variant or match.network.name)
-    possible = next((p.found.possible for p in parts.values() if isinstance(p.found, Unsure)), ())
+    if kind == "unknown" and set(groups) == {"ema"}:
+        match = parts["ema"].match
     components = _components(tensors, groups, kind, architecture, match)
     renamed = {components[next(iter(part.bodies))]: part for part in parts.values() if part.bodies}
-    return Identity(
-        kind, named, match and match.spelling, match and match.variant, renamed, components, () if match else possible
-    )
+    if match is None:
+        possible = next((p.found.possible for p in parts.values() if isinstance(p.found, Unsure)), ())
+        return Identity(kind, None, None, None, renamed, components, possible)
+    named = architecture.name if architecture is not None else match.variant or match.network.name
+    return Identity(kind, named, match.spelling, match.variant, renamed, components)
+
+
+def _is_pairs(tensors: Mapping[str, TensorInfo]) -> bool:
+    """A list of factors, up and down in turn, as cloneofsimo/lora pickled them."""
+    shapes = [info.spec.shape for key, info in tensors.items() if key.isdecimal()]
+    if not shapes or len(shapes) < len(tensors) or len(shapes) % 2:
+        return False
+    return all(len(u) == len(d) >= 2 and u[1] == d[0] for u, d in zip(shapes[::2], shapes[1::2], strict=True))
 
 
 def _part(group: str | None, bodies: dict[str, str], tensors: Mapping[str, TensorInfo]) -> Part:
@@ -236,7 +245,7 @@ def _average(bodies: dict[str, str], tensors: Mapping[str, TensorInfo]) -> Part:
     return Part(bodies, Unsure())
 
 
-def _architecture_with(network: str) -> Architecture | None:
+def architecture_with(network: str) -> Architecture | None:
     """The architecture whose diffusion model is this network."""
     return next((a for _, a in ARCHITECTURES if a.components[0].network == network), None)
 

@@ -29,7 +29,8 @@ class Rule:
 
     Both are templates of a module, whose `.weight` and `.bias` follow; `exact`: of a whole tensor instead.
     Several names: the tensor packs theirs, in this order, along axis 0, in bands of these `heights`.
-    swapped: its two halves along axis 0 stand the other way round. squared: a weight [C, C, 1, 1] here,
+    swapped: its two halves along axis 0 stand the other way round. swapped_when: they do, but only where the
+    module has this many times as many outputs as inputs (see `swaps`). squared: a weight [C, C, 1, 1] here,
     [C, C] there. transposed: [a, b] here, [b, a] there. Of several keys for one name the first is written.
     """
 
@@ -40,6 +41,7 @@ class Rule:
     squared: bool = False
     transposed: bool = False
     exact: bool = False
+    swapped_when: int | None = None
 
 
 def same(*keys: str) -> tuple[Rule, ...]:
@@ -62,16 +64,16 @@ def pack(key: str, *names: str, heights: tuple[str, ...] = ()) -> Rule:
     return Rule(key, names, heights or (EQUAL,) * len(names))
 
 
-def swap(key: str, name: str) -> Rule:
-    """A module whose outputs' halves, shift and scale, stand the other way round."""
-    return Rule(key, (name,), swapped=True)
+def swap(key: str, name: str, *, when: int | None = None) -> Rule:
+    """A module whose outputs' halves, shift and scale, stand the other way round: always, or `when` (see Rule)."""
+    return Rule(key, (name,), swapped=when is None, swapped_when=when)
 
 
 def under(key: str, name: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
     """A block: its rules, below these two prefixes."""
     return tuple(
         Rule(f"{key}.{r.key}", tuple(f"{name}.{n}" for n in r.names), r.heights, r.swapped, r.squared,
-             r.transposed, r.exact)
+             r.transposed, r.exact, r.swapped_when)
         for r in rules
     )  # fmt: skip
 
@@ -105,11 +107,12 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Dim:
-    """A number of a configuration: axis `axis` of a canonical tensor's shape, divided by `divide`."""
+    """A number of a configuration: axis `axis` of a canonical tensor's shape over `divide`, or its square root."""
 
     name: str
     axis: int
     divide: int = 1
+    root: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +124,25 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Has:
-    """A switch of a configuration: is there this canonical tensor?"""
+    """A switch of a configuration: `yes` where there is this canonical tensor, and otherwise `no`."""
 
     name: str
+    yes: Any = True
+    no: Any = False
+
+
+@dataclass(frozen=True, slots=True)
+class Which:
+    """A list of a configuration: the numbers of the blocks that have this tensor (a template with one `{}`)."""
+
+    template: str
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """config.json of the class of diffusers or transformers that loads a network.
 
-    values: what the file says; a Dim, a Count or a Has, also within a list, stands for what the shapes say.
+    values: what the file says; a Dim, a Count, a Has or a Which, also within a list, stands for what the shapes say.
     """
 
     class_name: str
@@ -162,6 +174,7 @@ class Network:
     its canonical names, as they are, are the spelling `diffusers` (or `canonical`). `needs`: shapes (None: any)
     that canonical tensors have at any size, where another network has the same names. `blocks`: (name, prefixes
     of canonical names), in order, for block weights. `config`: how diffusers' config.json follows from shapes.
+    `has`: canonical tensors of which one must be there, where another network has all the other names.
     """
 
     name: str
@@ -172,6 +185,7 @@ class Network:
     blocks: tuple[tuple[str, tuple[str, ...]], ...] = ()
     config: Config | None = None
     canonical: str = "diffusers"
+    has: tuple[str, ...] = ()
 
     def tables(self) -> Mapping[str, Table]:
         """Every spelling, compiled, the canonical one included."""
@@ -185,7 +199,8 @@ class Component:
     name: diffusers' folder (unet, transformer, vae, text_encoder, …). prefix: in a single file, whose names are
     in `spelling`. comfy: the same in ComfyUI's bundles, in `comfy_spelling`. kohya: how names of LoRA modules
     begin, after which comes the flattened name in `kohya_spelling`. variant: the network's, where it must be one.
-    omits: canonical names, or beginnings of them, that diffusers' class has no place for.
+    omits: canonical names, or beginnings of them, that diffusers' class has no place for. config: constants of
+    config.json that this architecture has in place of the network's own.
     """
 
     name: str
@@ -198,6 +213,7 @@ class Component:
     kohya_spelling: str = ""
     variant: str | None = None
     omits: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,3 +474,14 @@ def heights(rule: Rule, total: int, features: int | None) -> tuple[int, ...] | N
     if left < 0 or (shares and left % shares) or (not shares and left):
         return None
     return tuple(left // shares if w is None else w for w in wanted)
+
+
+def swaps(rule: Rule, total: int, features: int | None) -> bool | None:
+    """Do the halves of a tensor of `total` rows trade places, for a module of that many input features?
+
+    The same answer holds both ways, for a bias (whose features are its weight's) and for the up of a LoRA (whose
+    features are its down's). None where it takes the features to tell, and they are not known.
+    """
+    if rule.swapped_when is None:
+        return rule.swapped
+    return None if features is None else total == rule.swapped_when * features

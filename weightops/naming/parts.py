@@ -1,8 +1,10 @@
-"""Tables that several architectures share: the blocks of LDM and SGM UNets. Source: FORMATS §2."""
+"""Tables that several architectures share: blocks, sizes and settings of LDM and SGM UNets. Source: FORMATS §2."""
 
 from __future__ import annotations
 
-from weightops.naming.keymap import move, same, under
+from typing import Any
+
+from weightops.naming.keymap import Dim, move, same, under
 
 RESNET = (
     move("in_layers.0", "norm1"),
@@ -31,6 +33,56 @@ ATTENTION = same(
     "transformer_blocks.{}.ff.net.2",
     "proj_out",
 )
+
+
+def transformer_shapes(place: str, width: int, context: int) -> dict[str, tuple[int | None, ...]]:
+    """What a variant says of every matrix that LoRAs change in the transformer at `place`."""
+    return {
+        f"{place}.transformer_blocks.{{}}.attn1.to_q.weight": (width, width),
+        f"{place}.transformer_blocks.{{}}.attn1.to_k.weight": (width, width),
+        f"{place}.transformer_blocks.{{}}.attn1.to_v.weight": (width, width),
+        f"{place}.transformer_blocks.{{}}.attn1.to_out.0.weight": (width, width),
+        f"{place}.transformer_blocks.{{}}.attn2.to_q.weight": (width, width),
+        f"{place}.transformer_blocks.{{}}.attn2.to_k.weight": (width, context),
+        f"{place}.transformer_blocks.{{}}.attn2.to_v.weight": (width, context),
+        f"{place}.transformer_blocks.{{}}.attn2.to_out.0.weight": (width, width),
+        f"{place}.transformer_blocks.{{}}.ff.net.0.proj.weight": (8 * width, width),
+        f"{place}.transformer_blocks.{{}}.ff.net.2.weight": (width, 4 * width),
+    }
+
+
+# SD1 projects into and out of its transformers with 1x1 convolutions, the later UNets with matrices.
+CONVOLUTIONS: dict[str, tuple[int | None, ...]] = {
+    "down_blocks.{}.attentions.{}.proj_in.weight": (None, None, 1, 1),
+    "down_blocks.{}.attentions.{}.proj_out.weight": (None, None, 1, 1),
+    "mid_block.attentions.{}.proj_in.weight": (None, None, 1, 1),
+    "mid_block.attentions.{}.proj_out.weight": (None, None, 1, 1),
+    "up_blocks.{}.attentions.{}.proj_in.weight": (None, None, 1, 1),
+    "up_blocks.{}.attentions.{}.proj_out.weight": (None, None, 1, 1),
+}
+MATRICES: dict[str, tuple[int | None, ...]] = {
+    "down_blocks.{}.attentions.{}.proj_in.weight": (None, None),
+    "down_blocks.{}.attentions.{}.proj_out.weight": (None, None),
+    "mid_block.attentions.{}.proj_in.weight": (None, None),
+    "mid_block.attentions.{}.proj_out.weight": (None, None),
+    "up_blocks.{}.attentions.{}.proj_in.weight": (None, None),
+    "up_blocks.{}.attentions.{}.proj_out.weight": (None, None),
+}
+
+# What the configurations of all these UNets have in common.
+UNET_CONFIG: dict[str, Any] = {
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": Dim("conv_in.weight", 1),
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": Dim("conv_out.weight", 0),
+}
 
 # Stable Diffusion 1 and 2: four levels, attention in the first three.
 LDM_UNET = (
@@ -84,6 +136,18 @@ LDM_UNET = (
     move("out.0", "conv_norm_out"),
     move("out.2", "conv_out"),
 )
+
+LDM_LEVELS: dict[str, Any] = {
+    "block_out_channels": [
+        Dim("down_blocks.0.resnets.0.conv1.weight", 0),
+        Dim("down_blocks.1.resnets.0.conv1.weight", 0),
+        Dim("down_blocks.2.resnets.0.conv1.weight", 0),
+        Dim("down_blocks.3.resnets.0.conv1.weight", 0),
+    ],
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "cross_attention_dim": Dim("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight", 1),
+}
 
 # The names of block weights in every tool of the field. The first and the last level hold what stands before and after
 # them. Source: METHODS, MBW block vectors.

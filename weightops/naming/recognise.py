@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def recognise(shapes: Mapping[str, Shape | None], roles: Iterable[str]) -> Match
             claims, strangers = _claims(table, shapes, allowed)
             if len(strangers) <= allowed and claims and (best is None or len(strangers) < len(best[2])):
                 best = spelling, claims, strangers
-        if best is not None:
+        if best is not None and _is_marked(network, best[1].values()):
             found.setdefault(len(best[2]), []).append((network, *best))
     if not found:
         return Unsure()
@@ -83,6 +84,11 @@ def _claims(table: Table, names: Iterable[str], allowed: int) -> tuple[dict[str,
     return claims, strangers
 
 
+def _is_marked(network: Network, claims: Iterable[Claim]) -> bool:
+    """Is there a tensor that tells this network from another that has all its other names?"""
+    return not network.has or any(name in network.has for claim in claims for name in claim.names)
+
+
 def canonical_shapes(
     claims: Mapping[str, Claim], shapes: Mapping[str, Shape | None]
 ) -> list[tuple[str, Shape | None]]:
@@ -103,7 +109,7 @@ def canonical_shapes(
 
 def agrees(name: str, shape: Shape | None, wanted: Mapping[str, tuple[int | None, ...]]) -> bool:
     """Does the shape contradict none that its name should have?"""
-    row = _row(name, wanted)
+    row = row_of(name, wanted)
     if row is None or shape is None:
         return True
     # A factor of a LoRA of unknown rank is written as -1.
@@ -114,7 +120,7 @@ def fits(variant: Variant, canonical: Iterable[tuple[str, Shape | None]]) -> boo
     """Does every tensor that the variant speaks of have its shape and number, and is there at least one?"""
     checked = 0
     for name, shape in canonical:
-        row = _row(name, variant.shapes)
+        row = row_of(name, variant.shapes)
         if row is not None and shape is not None:
             if not agrees(name, shape, variant.shapes):
                 return False
@@ -140,7 +146,7 @@ def variant_of(
         if whole and not (names.issuperset(variant.has) and names.isdisjoint(variant.lacks)):
             continue
         if fits(variant, listed):
-            found.append((sum(_row(n, variant.shapes) is not None for n, _ in listed), variant.name))
+            found.append((sum(row_of(n, variant.shapes) is not None for n, _ in listed), variant.name))
     if not found:
         return None
     most = Counter(n for n, _ in found)
@@ -148,16 +154,25 @@ def variant_of(
     return next(name for n, name in found if n == top) if most[top] == 1 else None
 
 
-def _row(name: str, wanted: Mapping[str, tuple[int | None, ...]]) -> tuple[int | None, ...] | None:
+def row_of(name: str, wanted: Mapping[str, tuple[int | None, ...]]) -> tuple[int | None, ...] | None:
     """The shape that a table of templates gives the name."""
     found = wanted.get(name)
     if found is None and wanted:
-        found = wanted.get(_template(name))
-    if found is None and wanted:
-        found = next((row for template, row in wanted.items() if "{}" in template and _is_like(name, template)), None)
+        alike = _alike(tuple(wanted)).get(_template(name), ())
+        found = next((wanted[template] for template in alike if _is_like(name, template)), None)
     return found
 
 
+@functools.lru_cache(maxsize=1 << 8)
+def _alike(templates: tuple[str, ...]) -> Mapping[str, list[str]]:
+    """The templates that differ only in which numbers they fix, those that fix more first."""
+    found: dict[str, list[str]] = {}
+    for template in sorted((t for t in templates if "{}" in t), key=lambda t: t.count("{}")):
+        found.setdefault(_template(template), []).append(template)
+    return found
+
+
+@functools.lru_cache(maxsize=1 << 14)
 def _template(name: str) -> str:
     return ".".join("{}" if word.isdigit() else word for word in name.split("."))
 

@@ -11,7 +11,7 @@ from weightops.errors import FormatError, UsageError
 from weightops.files.checkpoint import Checkpoint, open_checkpoint
 from weightops.files.dtypes import ARITHMETIC, DTYPE_WORDS
 from weightops.files.tensor import Slot, TensorSpec
-from weightops.naming.identify import components_of, family_of
+from weightops.naming.identify import family_of, identify
 from weightops.ops.produce import Planned, cast, check_words, kept_metadata, named, produce, stem
 from weightops.ops.report import Account, Report, Unused
 from weightops.plan import Input, Plan, Task
@@ -59,7 +59,7 @@ def plan_convert(opened: Checkpoint, *, dtype: str, drop: tuple[str, ...], allow
         raise FormatError(opened.label, "holds no tensors: nothing to write")
     account = Account()
     account.unused.extend(Unused(key, opened.label, why, asked=False) for key, why in opened.left_out)
-    components = components_of(opened.tensors)
+    components = identify(opened.tensors).components
     outputs: dict[str, TensorSpec] = {}
     counts: dict[str, dict[str, int]] = {}
     copies, casts = [], []

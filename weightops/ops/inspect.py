@@ -15,7 +15,8 @@ from weightops.errors import UsageError, quote
 from weightops.files.checkpoint import Checkpoint, open_checkpoint
 from weightops.files.dtypes import ARITHMETIC
 from weightops.files.tensor import Slot, TensorSpec
-from weightops.naming.identify import architecture_of, components_of, kind_of, spelling_of
+from weightops.lora.adapters import AdapterFile, alphas, read_adapters
+from weightops.naming.identify import Identity, identify
 from weightops.plan import Block, Input, Plan, Task
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Inspection:
     kind: str
     architecture: str | None
     spelling: str | None
+    variant: str | None
+    possible: tuple[str, ...]
     container: str
     count: int
     parameters: int
@@ -58,6 +61,8 @@ class Inspection:
     components: dict[str, dict[str, Any]]
     metadata: dict[str, str]
     left_out: list[tuple[str, str]]
+    lora: dict[str, Any] | None = None
+    strangers: tuple[str, ...] = ()
     tensors: dict[str, TensorSpec] | None = None
     stats: dict[str, Stats] | None = None
     hashes: list[dict[str, str]] | None = None
@@ -69,6 +74,8 @@ class Inspection:
             "kind": self.kind,
             "architecture": self.architecture,
             "spelling": self.spelling,
+            "variant": self.variant,
+            "possible": list(self.possible),
             "container": self.container,
             "tensors": self.count,
             "parameters": self.parameters,
@@ -78,6 +85,10 @@ class Inspection:
             "metadata": self.metadata,
             "left_out": [{"key": key, "reason": reason} for key, reason in self.left_out],
         }
+        if self.strangers:
+            found["strangers"] = list(self.strangers)
+        if self.lora is not None:
+            found["lora"] = self.lora
         if self.tensors is not None:
             found["tensor_list"] = {
                 name: {"dtype": s.dtype, "shape": list(s.shape), "bytes": s.nbytes} for name, s in self.tensors.items()
@@ -110,37 +121,69 @@ def inspect(
             chosen = {k: i.spec for k, i in sorted(opened.tensors.items()) if fnmatchcase(k, tensors)}
             if not chosen:
                 raise UsageError("--tensors", f"no tensor of {opened.label} is named like {quote(tensors)}")
+        identity = identify(opened.tensors)
+        adapters = read_adapters(opened) if identity.kind == "lora" else None
+        known = adapters or identity
         return Inspection(
             path=opened.label,
-            kind=kind_of(opened.tensors),
-            architecture=architecture_of(opened.tensors),
-            spelling=spelling_of(opened.tensors),
+            kind=identity.kind,
+            architecture=known.architecture,
+            spelling=known.spelling,
+            variant=known.variant,
+            possible=known.possible,
             container=opened.container,
             count=len(opened.tensors),
             parameters=sum(i.spec.values for i in opened.tensors.values()),
             nbytes=opened.nbytes,
             dtypes=dict(Counter(i.spec.dtype for i in opened.tensors.values()).most_common()),
-            components=_components(opened),
+            components=_components(opened, identity),
             metadata=dict(sorted(opened.metadata.items())),
             left_out=opened.left_out,
+            lora=_lora(opened, adapters) if adapters is not None else None,
+            strangers=identity.strangers,
             tensors=chosen,
             stats=_stats(opened, chosen, memory, threads) if stats else None,
             hashes=[file_hashes(f) for f in opened.files] if hashes else None,
         )
 
 
-def _components(opened: Checkpoint) -> dict[str, dict[str, Any]]:
+def _components(opened: Checkpoint, identity: Identity) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for key, component in components_of(opened.tensors).items():
+    for key, component in identity.components.items():
         spec = opened.tensors[key].spec
         entry = found.setdefault(component, {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": Counter()})
         entry["tensors"] += 1
         entry["parameters"] += spec.values
         entry["bytes"] += spec.nbytes
         entry["dtypes"][spec.dtype] += 1
-    for entry in found.values():
+    for component, entry in found.items():
         entry["dtypes"] = dict(entry["dtypes"].most_common())
+        match = identity.parts[component].match if component in identity.parts else None
+        if match is not None:
+            entry["network"] = match.variant or match.network.name
+            entry["spelling"] = match.spelling
     return found
+
+
+def _lora(opened: Checkpoint, adapters: AdapterFile) -> dict[str, Any]:
+    """What `inspect` says of an adapter file; its counts are of modules."""
+    scales = alphas(opened, adapters)
+    numbers = Counter(scales[a.name] for a in adapters.adapters if scales.get(a.name) is not None)
+    unresolved = [a.name for a in adapters.adapters if a.target is None]
+    modules = len({a.name for a in adapters.adapters}) or len(adapters.indexed) // 2
+    return {
+        "dialect": adapters.dialect,
+        "dialects": dict(adapters.schemes.most_common()),
+        "families": dict(Counter(a.label for a in adapters.adapters).most_common()),
+        "ranks": {str(r): n for r, n in Counter(a.rank for a in adapters.adapters).most_common() if r is not None},
+        "alphas": {f"{alpha:g}": n for alpha, n in numbers.most_common() if alpha is not None},
+        "modules": modules,
+        "targets": dict(Counter(a.component for a in adapters.adapters if a.component).most_common()),
+        "unresolved": unresolved,
+        "embeddings": adapters.embeddings,
+        "problems": [{"name": name, "what": what} for name, what in adapters.problems],
+        "unknown": adapters.left,
+    }
 
 
 # ------------------------------------------------------------------------------------------------ statistics

@@ -19,11 +19,9 @@ from weightops.merging.method import METHODS, MergeMethod
 from weightops.naming.identify import (
     MARKER_METADATA,
     MARKERS,
-    architecture_of,
     body_of,
-    components_of,
     family_of,
-    kind_of,
+    identify,
     quantised,
 )
 from weightops.ops.produce import Planned, cast, check_words, kept_metadata, named, produce, stem
@@ -248,7 +246,8 @@ class _Planner:
         self.vae_file = vae_file
         self.models = self.opened[1:] if settings.method.needs_base else self.opened
         self.first = self.models[0]
-        self.components = [components_of(c.tensors) for c in self.opened]
+        self.identities = [identify(c.tensors) for c in self.opened]
+        self.components = [i.components for i in self.identities]
         self.first_components = self.components[self.opened.index(self.first)]
         self.account = Account()
         self.warnings: list[str] = []
@@ -405,10 +404,10 @@ class _Planner:
 
     def _check_models(self) -> None:
         """Refuse what is no plain weights: their numbers can be averaged, but the average means nothing."""
-        for model in self.opened:
+        for model, identity in zip(self.opened, self.identities, strict=True):
             if not model.tensors:
                 raise MismatchError(model.label, "holds no tensors: nothing to merge")
-            if kind_of(model.tensors) == "lora":
+            if identity.kind == "lora":
                 raise MismatchError(
                     model.label,
                     "is a LoRA: a sum of factors is not the sum of what they do, and merge takes checkpoints",
@@ -451,7 +450,11 @@ class _Planner:
         )
 
     def _check_architectures(self) -> None:
-        known = {c.label: a for c in self.opened if (a := architecture_of(c.tensors)) is not None}
+        known = {
+            c.label: i.architecture
+            for c, i in zip(self.opened, self.identities, strict=True)
+            if i.architecture is not None
+        }
         if len(set(known.values())) > 1:
             found = ", ".join(f"{label} is {a}" for label, a in known.items())
             labels = iter(known)
@@ -484,7 +487,7 @@ class _Planner:
         """The first model's VAE keys -> the keys of the --vae file that take their place."""
         assert self.vae_file is not None
         label = self.vae_file.label
-        theirs = components_of(self.vae_file.tensors)
+        theirs = identify(self.vae_file.tensors).components
         bodies = {body_of(key): key for key, component in theirs.items() if component == "vae"}
         wanted = [key for key, component in self.first_components.items() if component == "vae"]
         if not wanted:

@@ -11,8 +11,8 @@ from weightops.engine.run import PLACEHOLDER, Progress, run
 from weightops.errors import Interrupted, UsageError, quote
 from weightops.files.checkpoint import INDEX_SUFFIX, PICKLE_SUFFIXES, Checkpoint
 from weightops.files.dtypes import DTYPE_WORDS
-from weightops.files.header import encode_header
-from weightops.files.writer import check_target
+from weightops.files.folder import check_files, folder_nbytes, safetensors_files
+from weightops.files.writer import SafetensorsFile, check_target
 from weightops.merging.method import store
 from weightops.naming.identify import DROPPABLE
 from weightops.ops.report import Account, Report, input_entries, peak_memory_bytes
@@ -54,20 +54,18 @@ def produce(
     check: bool,
     on_progress: Progress,
 ) -> Report:
-    """Carry out the plan into the file `output`; with `dry_run`, only say what that would be. Raises WeightopsError."""
+    """Carry out the plan into `output`; with `dry_run`, only say what that would be. Raises WeightopsError."""
     plan = planned.plan
-    if output.suffix.lower() != ".safetensors":
-        raise UsageError(str(output), "the output's name must end in .safetensors")
+    _check_name(plan, output)
     report = Report(
         command, input_entries(plan.sources, [None] * len(plan.sources)), str(output),
         planned.account, planned.summary, planned.groups, planned.warnings, dry_run=dry_run,
     )  # fmt: skip
     if dry_run:
         check_memory(plan, memory)
-        header = encode_header(plan.outputs, plan.finished_metadata([PLACEHOLDER] * len(plan.sources)))
-        report.bytes_written = len(header) + sum(spec.nbytes for spec in plan.outputs.values())
+        report.bytes_written = _output_nbytes(plan, output)
         files = [file for source in plan.sources for file in source.files]
-        check_target(output, report.bytes_written, force=force, inputs=files)
+        check_target(output, report.bytes_written, force=force, inputs=files, folder=bool(plan.files))
         return report
     outcome = run(plan, output, memory=memory, device=device, threads=threads, force=force, on_progress=on_progress)
     if check:
@@ -79,6 +77,24 @@ def produce(
     report.bytes_read, report.bytes_written = outcome.bytes_read, outcome.bytes_written
     report.seconds, report.peak_memory_bytes = outcome.seconds, peak_memory_bytes()
     return report
+
+
+def _check_name(plan: Plan, output: Path) -> None:
+    named_as_file = output.suffix.lower() == ".safetensors"
+    if plan.files and named_as_file:
+        raise UsageError(str(output), "a folder is written here; its name must not end in .safetensors")
+    if not plan.files and not named_as_file:
+        raise UsageError(str(output), "the output's name must end in .safetensors")
+
+
+def _output_nbytes(plan: Plan, output: Path) -> int:
+    """The bytes of all files that the plan would write, headers and all."""
+    metadata = plan.file_metadata([PLACEHOLDER] * len(plan.sources))
+    if not plan.files:
+        return SafetensorsFile(str(output), plan.outputs, metadata[0], plan.data_hashes).size
+    check_files(plan.outputs, plan.files, plan.extras)
+    files = safetensors_files(output, plan.outputs, plan.files, metadata, plan.data_hashes)
+    return folder_nbytes(files, plan.extras)
 
 
 def check_words(dtype: str, drop: Sequence[str]) -> None:

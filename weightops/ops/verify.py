@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from weightops.engine.chunks import block_rows, task_rows
+from weightops.engine.chunks import block_rows, slot_span, task_rows
 from weightops.errors import ValueRefused, quote
 from weightops.files.checkpoint import open_checkpoint
 from weightops.files.dtypes import ARITHMETIC
 from weightops.merging.method import store
-from weightops.plan import Block
+from weightops.plan import Block, Grain
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
+    from weightops.files.checkpoint import Checkpoint
     from weightops.files.tensor import Slot
-    from weightops.plan import Plan, Task
+    from weightops.plan import Compute, Plan, RawCompute, Task
 
 SAMPLES = 64
 
@@ -28,20 +30,23 @@ def verify(plan: Plan, written: Path, *, label: str) -> dict[str, Any]:
     """Compare up to 64 blocks of `written`, spread over its tensors, with a float64 reference.
 
     Returns {"blocks", "values", "largest_ulp"}. Raises ValueRefused when a value is off by more than one unit
-    in the last place, or a copied byte differs.
+    in the last place, or a copied byte, or one that was computed as bytes, differs.
     """
     chosen = random.Random(0).sample(plan.tasks, min(SAMPLES, len(plan.tasks)))
     values, worst = 0, 0.0
-    with open_checkpoint(written) as result:
+    with contextlib.ExitStack() as stack:
+        places = _places(plan, written, stack)
         for task in chosen:
+            if not any(slot.spec.nbytes for slot in task.outputs):
+                continue
             rows = task_rows(task)
             height = min(block_rows(task), rows)
-            if not task.outputs[0].spec.nbytes:
-                continue
             start = random.Random(task.name).randrange(0, rows, height)
             block = Block(start // height, start, min(start + height, rows))
-            found = memoryview(bytearray(_nbytes(task.outputs[0], task, block)))
-            _read(result, task.outputs[0], task, block, found)
+            found = []
+            for slot in task.outputs:
+                source, name = places[slot.key]
+                found.append(_read(source, replace(slot, key=name), task, block))
             off = _distance(plan, task, block, found)
             if off > 1.0:
                 raise ValueRefused(
@@ -50,44 +55,70 @@ def verify(plan: Plan, written: Path, *, label: str) -> dict[str, Any]:
                     "the disk or the memory of this machine may be failing; run again, and report it if it stays",
                 )
             worst = max(worst, off)
-            values += task.outputs[0].spec.row_values * (block.stop - block.start) if task.compute else len(found)
+            values += sum(map(len, found)) if task.compute is None else _count(task, block)
     return {"blocks": len(chosen), "values": values, "largest_ulp": round(worst, 4)}
 
 
-def _nbytes(slot: Slot, task: Task, block: Block) -> int:
-    return (block.stop - block.start) * (1 if task.compute is None else slot.spec.row_nbytes)
+def _places(plan: Plan, written: Path, stack: contextlib.ExitStack) -> dict[str, tuple[Checkpoint, str]]:
+    """Where each output stands: the file, opened, and its name there."""
+    if not plan.files:
+        result = stack.enter_context(open_checkpoint(written))
+        return {key: (result, key) for key in plan.outputs}
+    places = {}
+    for file in plan.files:
+        opened = stack.enter_context(open_checkpoint(written / file.path))
+        places.update({key: (opened, name) for key, name in file.keys.items()})
+    return places
 
 
-def _read(source: Any, slot: Slot, task: Task, block: Block, out: memoryview) -> None:
-    row = 1 if task.compute is None else slot.spec.row_nbytes
-    source.read_bytes(slot, block.start * row, block.stop * row, out)
+def _read(source: Checkpoint, slot: Slot, task: Task, block: Block, shared: bool = False) -> memoryview:
+    """The bytes of `slot` that the block of the task sees."""
+    start, stop = slot_span(task, slot, block.start, block.stop, shared=shared)
+    out = memoryview(bytearray(stop - start))
+    source.read_bytes(slot, start, stop, out)
+    return out
 
 
-def _distance(plan: Plan, task: Task, block: Block, found: memoryview) -> float:
+def _count(task: Task, block: Block) -> int:
+    rows = None if task.grain is Grain.TENSOR else block.stop - block.start
+    return sum(slot.spec.values if rows is None else slot.spec.row_values * rows for slot in task.outputs)
+
+
+def _distance(plan: Plan, task: Task, block: Block, found: list[memoryview]) -> float:
     """The largest difference from the reference, in units in the last place of the output dtype."""
-    given = []
-    for entry in task.inputs:
-        buffer = memoryview(bytearray(_nbytes(entry.slot, task, block)))
-        _read(plan.sources[entry.source], entry.slot, task, block, buffer)
-        given.append(buffer)
+    given = [_read(plan.sources[i.source], i.slot, task, block, i.shared) for i in task.inputs]
     if task.compute is None:
-        return 0.0 if given[0] == found else float("inf")
+        return 0.0 if given == found else float("inf")
+    if task.raw:
+        exact = [memoryview(bytearray(len(data))) for data in found]
+        cast("RawCompute", task.compute)(given, exact, block)
+        return 0.0 if exact == found else float("inf")
+    return _distance_of_tensors(task, block, given, found)
+
+
+def _distance_of_tensors(task: Task, block: Block, given: list[memoryview], found: list[memoryview]) -> float:
     import torch
 
     from weightops.engine.tensors import as_tensor
 
-    rows = block.stop - block.start
-    inputs = [as_tensor(b, i.slot.spec, rows).double() for i, b in zip(task.inputs, given, strict=True)]
-    spec = replace(task.outputs[0].spec, dtype="F64").with_rows(rows)
-    exact = torch.empty(spec.shape, dtype=torch.float64)
-    task.compute(inputs, [exact], block)
-    if task.outputs[0].spec.dtype not in ARITHMETIC:
-        return 0.0
-    largest = torch.zeros_like(exact)
-    for given_tensor in inputs:
-        if given_tensor.shape == exact.shape:
-            largest = torch.maximum(largest, given_tensor.abs())
-    return ulps(as_tensor(found, task.outputs[0].spec, rows), exact, largest)
+    rows = None if task.grain is Grain.TENSOR else block.stop - block.start
+    inputs = [
+        as_tensor(data, i.slot.spec, None if i.shared else rows) for i, data in zip(task.inputs, given, strict=True)
+    ]
+    inputs = [t.double() if i.slot.spec.dtype in ARITHMETIC else t for i, t in zip(task.inputs, inputs, strict=True)]
+    written = [as_tensor(data, slot.spec, rows) for slot, data in zip(task.outputs, found, strict=True)]
+    exact = [torch.empty(t.shape, dtype=torch.float64) for t in written]
+    cast("Compute", task.compute)(inputs, exact, block)
+    worst = 0.0
+    for slot, result, reference in zip(task.outputs, written, exact, strict=True):
+        if slot.spec.dtype not in ARITHMETIC:
+            continue
+        largest = torch.zeros_like(reference)
+        for operand in inputs:
+            if operand.dtype == torch.float64 and operand.shape == reference.shape:
+                largest = torch.maximum(largest, operand.abs())
+        worst = max(worst, ulps(result, reference, largest))
+    return worst
 
 
 def ulps(found: Tensor, exact: Tensor, operands: Tensor | None = None) -> float:

@@ -1,6 +1,6 @@
 """CLIP text encoders: CLIP-L, OpenCLIP ViT-H and ViT-bigG. Source: FORMATS §4; OpenAI CLIP, open_clip, transformers."""
 
-from weightops.naming.keymap import Network, Rule, Spelling, Variant, move, register, tensor
+from weightops.naming.keymap import Config, Count, Dim, Network, Rule, Spelling, Variant, move, register, tensor
 
 OPENCLIP = (
     move("token_embedding", "text_model.embeddings.token_embedding"),
@@ -91,6 +91,31 @@ register(
             Variant("clip_l", _sizes(768, 3072), {"text_model.encoder.layers.{}": 12}),
             Variant("clip_h", _sizes(1024, 4096), {"text_model.encoder.layers.{}": 24}),
             Variant("clip_bigg", _sizes(1280, 5120), {"text_model.encoder.layers.{}": 32}),
+        ),
+        # CLIP-L's; the components of other text encoders say what is different.
+        config=Config(
+            "CLIPTextModel",
+            {
+                "architectures": ["CLIPTextModel"],
+                "attention_dropout": 0.0,
+                "bos_token_id": 0,
+                "dropout": 0.0,
+                "eos_token_id": 2,
+                "hidden_act": "quick_gelu",
+                "hidden_size": Dim("text_model.embeddings.token_embedding.weight", 1),
+                "initializer_factor": 1.0,
+                "initializer_range": 0.02,
+                "intermediate_size": Dim("text_model.encoder.layers.0.mlp.fc1.weight", 0),
+                "layer_norm_eps": 1e-05,
+                "max_position_embeddings": Dim("text_model.embeddings.position_embedding.weight", 0),
+                "model_type": "clip_text_model",
+                "num_attention_heads": Dim("text_model.embeddings.token_embedding.weight", 1, divide=64),
+                "num_hidden_layers": Count("text_model.encoder.layers.{}"),
+                "pad_token_id": 1,
+                "projection_dim": Dim("text_model.embeddings.token_embedding.weight", 1),
+                "vocab_size": Dim("text_model.embeddings.token_embedding.weight", 0),
+            },
+            library="transformers",
         ),
     ),
 )

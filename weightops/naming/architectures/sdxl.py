@@ -1,7 +1,21 @@
 """Stable Diffusion XL, base. Source: FORMATS §2 to §4; generative-models (SGM), Stability AI."""
 
-from weightops.naming.keymap import Architecture, Component, Network, Spelling, Variant, move, register, under
-from weightops.naming.parts import ATTENTION, RESNET
+from weightops.naming.keymap import (
+    Architecture,
+    Component,
+    Config,
+    Count,
+    Dim,
+    Network,
+    Pipeline,
+    Spelling,
+    Variant,
+    move,
+    register,
+    same,
+    under,
+)
+from weightops.naming.parts import ATTENTION, MATRICES, RESNET, UNET_CONFIG, transformer_shapes
 
 RULES = (
     move("time_embed.0", "time_embedding.linear_1"),
@@ -67,34 +81,88 @@ BLOCKS = (
     ("OUT08", ("up_blocks.2.resnets.2", "conv_norm_out", "conv_out")),
 )
 
+SHAPES = {
+    "add_embedding.linear_1.weight": (1280, 2816),
+    **transformer_shapes("down_blocks.1.attentions.{}", 640, 2048),
+    **transformer_shapes("down_blocks.2.attentions.{}", 1280, 2048),
+    **transformer_shapes("mid_block.attentions.0", 1280, 2048),
+    **transformer_shapes("up_blocks.0.attentions.{}", 1280, 2048),
+    **transformer_shapes("up_blocks.1.attentions.{}", 640, 2048),
+    "down_blocks.0.resnets.{}.conv2.weight": (320, 320, 3, 3),
+    "down_blocks.1.resnets.{}.conv2.weight": (640, 640, 3, 3),
+    "down_blocks.2.resnets.{}.conv2.weight": (1280, 1280, 3, 3),
+    "up_blocks.0.resnets.{}.conv2.weight": (1280, 1280, 3, 3),
+    "up_blocks.1.resnets.{}.conv2.weight": (640, 640, 3, 3),
+    "up_blocks.2.resnets.{}.conv2.weight": (320, 320, 3, 3),
+}
+
+DEPTHS = {
+    "down_blocks.1.attentions.0.transformer_blocks.{}": 2,
+    "down_blocks.2.attentions.0.transformer_blocks.{}": 10,
+    "mid_block.attentions.0.transformer_blocks.{}": 10,
+    "up_blocks.0.attentions.0.transformer_blocks.{}": 10,
+    "up_blocks.1.attentions.0.transformer_blocks.{}": 2,
+}
+
+# Segmind's SSD-1B and Vega have the same names, but fewer blocks.
+DEEPEST = (
+    "mid_block.attentions.0.transformer_blocks.9.norm1.weight",
+    "up_blocks.0.attentions.0.transformer_blocks.9.norm1.weight",
+)
+
 register(
     Network(
         name="sdxl_unet",
         role="unet",
         spellings=(Spelling("original", RULES),),
+        needs=MATRICES,
         variants=(
-            Variant(
-                "sdxl",
-                {
-                    "conv_in.weight": (320, 4, 3, 3),
-                    "add_embedding.linear_1.weight": (1280, 2816),
-                    "down_blocks.1.attentions.{}.transformer_blocks.{}.attn1.to_q.weight": (640, 640),
-                    "down_blocks.1.attentions.{}.transformer_blocks.{}.attn2.to_k.weight": (640, 2048),
-                    "down_blocks.1.attentions.{}.transformer_blocks.{}.attn2.to_v.weight": (640, 2048),
-                    "down_blocks.2.attentions.{}.transformer_blocks.{}.attn1.to_q.weight": (1280, 1280),
-                    "down_blocks.2.attentions.{}.transformer_blocks.{}.attn2.to_k.weight": (1280, 2048),
-                    "down_blocks.2.attentions.{}.transformer_blocks.{}.attn2.to_v.weight": (1280, 2048),
-                    "mid_block.attentions.0.transformer_blocks.{}.attn2.to_k.weight": (1280, 2048),
-                    "up_blocks.0.attentions.{}.transformer_blocks.{}.attn2.to_k.weight": (1280, 2048),
-                    "up_blocks.1.attentions.{}.transformer_blocks.{}.attn2.to_k.weight": (640, 2048),
-                    "down_blocks.1.resnets.{}.conv2.weight": (640, 640, 3, 3),
-                    "up_blocks.1.resnets.{}.conv2.weight": (640, 640, 3, 3),
-                },
-                {
-                    "down_blocks.1.attentions.0.transformer_blocks.{}": 2,
-                    "down_blocks.2.attentions.0.transformer_blocks.{}": 10,
-                },
-            ),
+            Variant("sdxl", {"conv_in.weight": (320, 4, 3, 3), **SHAPES}, DEPTHS, has=DEEPEST),
+            Variant("sdxl_inpaint", {"conv_in.weight": (320, 9, 3, 3), **SHAPES}, DEPTHS, has=DEEPEST),
+            Variant("sdxl_pix2pix", {"conv_in.weight": (320, 8, 3, 3), **SHAPES}, DEPTHS, has=DEEPEST),
+        ),
+        blocks=BLOCKS,
+        config=Config(
+            "UNet2DConditionModel",
+            {
+                **UNET_CONFIG,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 256,
+                "attention_head_dim": [
+                    Dim("down_blocks.0.resnets.0.conv1.weight", 0, divide=64),
+                    Dim("down_blocks.1.resnets.0.conv1.weight", 0, divide=64),
+                    Dim("down_blocks.2.resnets.0.conv1.weight", 0, divide=64),
+                ],
+                "block_out_channels": [
+                    Dim("down_blocks.0.resnets.0.conv1.weight", 0),
+                    Dim("down_blocks.1.resnets.0.conv1.weight", 0),
+                    Dim("down_blocks.2.resnets.0.conv1.weight", 0),
+                ],
+                "cross_attention_dim": Dim("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight", 1),
+                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+                "projection_class_embeddings_input_dim": Dim("add_embedding.linear_1.weight", 1),
+                "sample_size": 128,
+                "transformer_layers_per_block": [
+                    1,
+                    Count("down_blocks.1.attentions.0.transformer_blocks.{}"),
+                    Count("down_blocks.2.attentions.0.transformer_blocks.{}"),
+                ],
+                "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+                "use_linear_projection": True,
+            },
+        ),
+    ),
+    # Kwai's Kolors is this UNet with a projection before it; named here so that it is not taken for SDXL.
+    Network(
+        name="kolors_unet",
+        role="unet",
+        spellings=(Spelling("original", (*RULES, *same("encoder_hid_proj"))),),
+        needs=MATRICES,
+        has=("encoder_hid_proj.weight", "encoder_hid_proj.bias"),
+        variants=(
+            Variant("kolors", {
+                "add_embedding.linear_1.weight": (1280, 5632), "encoder_hid_proj.weight": (2048, 4096),
+            }),
         ),
         blocks=BLOCKS,
     ),
@@ -105,15 +173,56 @@ register(
             Component(
                 "unet", "sdxl_unet", prefix="model.diffusion_model.", kohya="lora_unet", kohya_spelling="original",
             ),
-            Component("vae", "autoencoder_kl", prefix="first_stage_model.", variant="sd_vae"),
+            Component(
+                "vae", "autoencoder_kl", prefix="first_stage_model.", variant="sd_vae",
+                config={"sample_size": 1024, "scaling_factor": 0.13025},
+            ),
             Component(
                 "text_encoder", "clip", prefix="conditioner.embedders.0.transformer.", spelling="transformers",
-                kohya="lora_te1", variant="clip_l",
+                kohya="lora_te1", kohya_spelling="transformers", variant="clip_l",
+                omits=("text_model.embeddings.position_ids", "text_projection", "logit_scale"),
             ),
             Component(
                 "text_encoder_2", "clip", prefix="conditioner.embedders.1.model.", spelling="openclip",
-                kohya="lora_te2", variant="clip_bigg", omits=("logit_scale",),
+                kohya="lora_te2", kohya_spelling="transformers", variant="clip_bigg",
+                omits=("text_model.embeddings.position_ids", "logit_scale"),
+                config={"architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu"},
             ),
+        ),
+        pipeline=Pipeline(
+            class_name="StableDiffusionXLPipeline",
+            classes={
+                "feature_extractor": (None, None),
+                "image_encoder": (None, None),
+                "scheduler": ("diffusers", "EulerDiscreteScheduler"),
+                "text_encoder": ("transformers", "CLIPTextModel"),
+                "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+                "tokenizer": ("transformers", "CLIPTokenizer"),
+                "tokenizer_2": ("transformers", "CLIPTokenizer"),
+                "unet": ("diffusers", "UNet2DConditionModel"),
+                "vae": ("diffusers", "AutoencoderKL"),
+            },
+            scheduler={
+                "beta_end": 0.012,
+                "beta_schedule": "scaled_linear",
+                "beta_start": 0.00085,
+                "clip_sample": False,
+                "interpolation_type": "linear",
+                "num_train_timesteps": 1000,
+                "prediction_type": "epsilon",
+                "sample_max_value": 1.0,
+                "set_alpha_to_one": False,
+                "skip_prk_steps": True,
+                "steps_offset": 1,
+                "timestep_spacing": "leading",
+                "trained_betas": None,
+                "use_karras_sigmas": False,
+            },
+            tokenizers={
+                "tokenizer": ("stabilityai/stable-diffusion-xl-base-1.0/tokenizer",),
+                "tokenizer_2": ("stabilityai/stable-diffusion-xl-base-1.0/tokenizer_2",),
+            },
+            settings={"add_watermarker": None, "force_zeros_for_empty_prompt": True},
         ),
     ),
 )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Arithmetic and names of adapters: families, dialects, and files grouped into adapters."""

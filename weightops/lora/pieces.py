@@ -1,0 +1,339 @@
+"""Adapters of packed modules taken apart, one canonical module each, and put together again, exactly.
+
+Source: FORMATS §7. Rows of a packed weight are rows of `up`; the parts share `down`, or, where `up` is block-diagonal,
+each has ranks of its own. Knows names, shapes and bytes; no files, no devices.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from weightops.errors import MismatchError, quote
+from weightops.files.tensor import Slot, TensorSpec
+from weightops.naming.keymap import Rule, heights, swaps
+
+if TYPE_CHECKING:
+    from weightops.lora.adapters import Adapter
+    from weightops.lora.family import Family
+
+Bands = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A part's values: rows (bands) of a key's tensor, and of these the columns `start` to `stop`.
+
+    `spec` is the part's own dtype and shape.
+    """
+
+    key: str
+    spec: TensorSpec
+    bands: Bands | None = None
+    columns: tuple[int, int] | None = None
+
+    def rows(self, stored: TensorSpec) -> Slot:
+        """The slot of the whole rows that hold the part."""
+        width = stored.shape[1:] if self.columns is not None else self.spec.shape[1:]
+        return Slot(self.key, TensorSpec(self.spec.dtype, (*self.spec.shape[:1], *width)), self.bands)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The adapter of one canonical module (or of one tensor packing `names`, where it is written so)."""
+
+    component: str
+    name: str
+    family: Family
+    parts: Mapping[str, Source]
+    alpha: float | None
+    adapter: str
+
+    @property
+    def rank(self) -> int | None:
+        return self.family.rank({part: source.spec.shape for part, source in self.parts.items()})
+
+
+Read = Callable[[Source], bytes]
+
+
+def take_apart(
+    adapter: Adapter, alpha: float | None, specs: Mapping[str, TensorSpec], read: Callable[[str], Any], label: str
+) -> list[Piece]:
+    """The pieces of an adapter, one for each canonical module that it changes.
+
+    read: key of a matrix -> its values as a numpy array of unsigned integers (only asked of an `up` that may be
+    block-diagonal). Raises MismatchError for an adapter that cannot be taken apart exactly.
+    """
+    assert adapter.target is not None
+    target, family = adapter.target, adapter.family
+    component = target.component or ""
+    parts = {part: Source(key, _normal(part, key, specs[key])) for part, key in adapter.keys.items() if part != "alpha"}
+    rows, features = _rows(adapter), _features(adapter)
+    swapped = _swaps(target.rule, rows, features, adapter, label)
+    if len(target.names) == 1:
+        if swapped:
+            assert rows is not None
+            half = rows // 2
+            parts = cut_rows(parts, family, adapter.name, ((half, rows), (0, half)), rows, label)
+        return [Piece(component, target.names[0], family, parts, alpha, adapter.name)]
+    if rows is None:
+        raise MismatchError(label, f"{quote(adapter.name)} is a {adapter.label}, which cannot be taken apart by rows")
+    bands = heights(target.rule, rows, features)
+    if bands is None:
+        raise MismatchError(
+            label,
+            f"{quote(adapter.name)} changes {rows} rows, which cannot be shared out to {', '.join(target.names)}",
+        )
+    columns = _block_columns(parts, bands, alpha, read) if family.name == "lora" else None
+    pieces = []
+    start = 0
+    for number, (name, height) in enumerate(zip(target.names, bands, strict=True)):
+        mine = cut_rows(parts, family, adapter.name, ((start, start + height),), rows, label)
+        strength = alpha
+        if columns is not None:
+            low, high = columns[number], columns[number + 1]
+            up, down = mine["up"], mine["down"]
+            mine["up"] = replace(up, spec=TensorSpec(up.spec.dtype, (height, high - low)), columns=(low, high))
+            mine["down"] = replace(down, spec=down.spec.with_rows(high - low), bands=((low, high),))
+            strength = None if alpha is None else scaled(alpha, high - low, columns[-1])
+        pieces.append(Piece(component, name, family, mine, strength, adapter.name))
+        start += height
+    return pieces
+
+
+def _normal(part: str, key: str, spec: TensorSpec) -> TensorSpec:
+    """PEFT's magnitudes, one for each output, in LyCORIS' shape [out, 1, …]; the bytes are the same."""
+    if part != "dora_scale" or "magnitude" not in key:
+        return spec
+    axes = len(spec.shape) if len(spec.shape) > 1 else 2
+    return TensorSpec(spec.dtype, (spec.values, *[1] * (axes - 1)))
+
+
+def _rows(adapter: Adapter) -> int | None:
+    shape = adapter.family.shape(adapter.shapes)
+    if shape is None:  # of a bias alone
+        shape = next((adapter.shapes[p] for p in adapter.family.rows if p in adapter.shapes), None)
+    return shape[0] if shape else None
+
+
+def _features(adapter: Adapter) -> int | None:
+    shape = adapter.family.shape(adapter.shapes)
+    return shape[1] if shape is not None and len(shape) > 1 else None
+
+
+def _swaps(rule: Rule, rows: int | None, features: int | None, adapter: Adapter, label: str) -> bool:
+    if not rule.swapped and rule.swapped_when is None:
+        return False
+    found = swaps(rule, rows, features) if rows is not None else None
+    if found is None or rows is None or rows % 2:
+        raise MismatchError(
+            label, f"{quote(adapter.name)}: its halves may have to trade places, and its shapes do not tell"
+        )
+    return found
+
+
+def cut_rows(
+    parts: Mapping[str, Source], family: Family, name: str, bands: Bands, rows: int, label: str
+) -> dict[str, Source]:
+    """The parts of these rows of the weight: row parts are cut, the others shared. Raises MismatchError."""
+    found = dict(parts)
+    if not any(part in parts for part in family.rows) or "hada_t1" in parts:
+        raise MismatchError(label, f"{quote(name)} is a {family.name}, which cannot be cut into rows exactly")
+    for part in (*family.rows, "dora_scale"):
+        if part not in parts:
+            continue
+        source = parts[part]
+        own = source.spec.rows
+        if part == "dora_scale" and own != rows:
+            raise MismatchError(
+                label,
+                f"{quote(name)} has a magnitude for each input, {list(source.spec.shape)}: its norms run "
+                "over all the rows of the packed weight, and cannot be taken apart",
+            )
+        step, odd = divmod(rows, own)
+        if odd or (step > 1 and not family.uniform_rows) or any(a % step or b % step for a, b in bands):
+            raise MismatchError(
+                label, f"{quote(name)}: {part} has {own} rows for {rows}, which cannot be cut at {bands}"
+            )
+        cut = tuple((a // step, b // step) for a, b in bands)
+        height = sum(b - a for a, b in cut)
+        found[part] = replace(source, spec=source.spec.with_rows(height), bands=_within(source.bands, cut))
+    return found
+
+
+def _within(outer: Bands | None, inner: Bands) -> Bands:
+    """Rows of rows: the inner bands count from the beginning of the outer ones."""
+    if outer is None:
+        return inner
+    found = []
+    for start, stop in inner:
+        position = 0
+        for low, high in outer:
+            a, b = max(start, position), min(stop, position + high - low)
+            if a < b:
+                found.append((low + a - position, low + b - position))
+            position += high - low
+    return tuple(found)
+
+
+def _block_columns(
+    parts: Mapping[str, Source], bands: Sequence[int], alpha: float | None, read: Callable[[str], Any]
+) -> list[int] | None:
+    """Where the blocks of a block-diagonal `up` begin and end, in columns; None where it is not block-diagonal."""
+    up = parts["up"].spec
+    rank, count = up.shape[1], len(bands)
+    if len(up.shape) != 2 or rank < count or "mid" in parts:
+        return None
+    values = read(parts["up"].key)
+    if values[0].all():
+        return None  # the first row meets every column: the parts share them
+    edges, found = [0], 0
+    used = []
+    for height in bands:
+        columns = values[found : found + height].any(axis=0).nonzero()[0]
+        used.append((int(columns[0]), int(columns[-1]) + 1) if len(columns) else None)
+        found += height
+    if rank % count == 0 and all(
+        u is None or (n * rank // count <= u[0] and u[1] <= (n + 1) * rank // count) for n, u in enumerate(used)
+    ):
+        edges = [n * rank // count for n in range(count + 1)]
+    else:
+        for n, u in enumerate(used):
+            if u is None or u[0] < edges[-1]:
+                return None
+            following = used[n + 1] if n + 1 < count else None
+            edges.append(rank if n + 1 == count else following[0] if following is not None else -1)
+            if edges[-1] < u[1]:
+                return None
+    if any(scaled(alpha, b - a, rank) is None for a, b in zip(edges, edges[1:], strict=False) if alpha is not None):
+        return None  # shared, it stays exact
+    return edges
+
+
+def scaled(alpha: float, rank: int, of: int) -> float | None:
+    """alpha · rank / of, where float32 holds it exactly."""
+    found = alpha * rank / of
+    short = struct.unpack("<f", struct.pack("<f", found))[0]
+    return found if short == found and found * of == alpha * rank else None
+
+
+# ------------------------------------------------------------------------------------------------ together
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Pieces written as one adapter of a packed module.
+
+    `parts`: part -> (spec of the whole, what fills it: (rows of the whole, columns or None, source), …). What is filled
+    by nothing is zero. folded: the pieces whose strengths differ, and are multiplied into their `up`.
+    """
+
+    parts: Mapping[str, tuple[TensorSpec, tuple[tuple[int, tuple[int, int] | None, Source, float | None], ...]]]
+    alpha: float | None
+    folded: int = 0
+
+
+def join(
+    pieces: Sequence[Piece | None], rows: Sequence[int | None], same: Callable[[Source, Source], bool], label: str,
+    module: str,
+) -> Joined:  # fmt: skip
+    """One adapter of the module that packs these pieces, in order; None: a module that no adapter changes.
+
+    rows: of each module, None where not known. same: do two sources hold the same bytes? Raises MismatchError.
+    """
+    there = [p for p in pieces if p is not None]
+    first = there[0]
+    if {p.family.name for p in there} != {first.family.name}:
+        raise MismatchError(label, f"{quote(module)} would join adapters of several families")
+    heights_ = [_height(p) if p is not None else h for p, h in zip(pieces, rows, strict=True)]
+    if any(h is None for h in heights_):
+        raise MismatchError(
+            label,
+            f"{quote(module)} packs modules that this file does not change, and their sizes are not known",
+            "--to diffusers needs no packing",
+        )
+    starts = [sum(h or 0 for h in heights_[:n]) for n in range(len(heights_))]
+    total = sum(h or 0 for h in heights_)
+    if len({frozenset(p.parts) for p in there}) > 1 or ("dora_scale" in first.parts and len(there) < len(pieces)):
+        raise MismatchError(label, f"{quote(module)} would join adapters of different parts")
+    cut = set(first.family.rows) | {"dora_scale"}
+    shared = [part for part in first.parts if part not in cut]
+    alike = all(
+        p.alpha == first.alpha and all(same(first.parts[part], p.parts[part]) for part in shared) for p in there[1:]
+    )
+    if alike:
+        return _stacked(pieces, starts, total, cut, first)
+    if first.family.name != "lora" or "mid" in first.parts:
+        raise MismatchError(
+            label,
+            f"{quote(module)} would join {len(there)} adapters of the family {first.family.name}, which is not exact",
+            "--to diffusers keeps them apart",
+        )
+    return _diagonal(pieces, starts, total)
+
+
+def _height(piece: Piece) -> int | None:
+    if piece.family.uniform_rows:
+        shape = piece.family.shape({part: source.spec.shape for part, source in piece.parts.items()})
+        return shape[0] if shape is not None else None
+    return next((piece.parts[part].spec.rows for part in piece.family.rows if part in piece.parts), None)
+
+
+def _stacked(
+    pieces: Sequence[Piece | None], starts: Sequence[int], total: int, cut: set[str], first: Piece
+) -> Joined:
+    """Pieces that share all but their rows."""
+    parts: dict[str, Any] = {}
+    height = _height(first) or 1
+    for part, source in first.parts.items():
+        if part not in cut:
+            parts[part] = source.spec, ((0, None, source, None),)
+            continue
+        step = height // source.spec.rows if part != "dora_scale" else 1
+        fill = tuple(
+            (start // step, None, piece.parts[part], None)
+            for piece, start in zip(pieces, starts, strict=True)
+            if piece is not None
+        )
+        parts[part] = source.spec.with_rows(total // step), fill
+    return Joined(parts, first.alpha)
+
+
+def _diagonal(pieces: Sequence[Piece | None], starts: Sequence[int], total: int) -> Joined:
+    """`down` stacked and `up` block-diagonal: the rank is the sum, and alpha grows with it."""
+    there = [(p, start) for p, start in zip(pieces, starts, strict=True) if p is not None]
+    ranks = [p.parts["down"].spec.rows for p, _ in there]
+    rank = sum(ranks)
+    first = there[0][0]
+    alpha: float | None = None
+    folds: list[float | None] = [None] * len(there)
+    # Equal strengths, compared without a division.
+    equal = all(
+        (p.alpha is None) == (first.alpha is None)
+        and (p.alpha is None or first.alpha is None or p.alpha * ranks[0] == first.alpha * r)
+        for (p, _), r in zip(there, ranks, strict=True)
+    )
+    if equal and first.alpha is not None:
+        alpha = scaled(first.alpha, rank, ranks[0])
+    if not equal or (first.alpha is not None and alpha is None):
+        folds = [None if p.alpha is None else p.alpha / r for (p, _), r in zip(there, ranks, strict=True)]
+    up, down = first.parts["up"].spec, first.parts["down"].spec
+    fills: dict[str, list[tuple[int, tuple[int, int] | None, Source, float | None]]] = {"up": [], "down": []}
+    column = 0
+    for (piece, start), r, fold in zip(there, ranks, folds, strict=True):
+        fills["up"].append((start, (column, column + r), piece.parts["up"], fold))
+        fills["down"].append((column, None, piece.parts["down"], None))
+        column += r
+    parts: dict[str, Any] = {
+        "up": (TensorSpec(up.dtype, (total, rank, *up.shape[2:])), tuple(fills["up"])),
+        "down": (down.with_rows(rank), tuple(fills["down"])),
+    }
+    for part in ("bias", "dora_scale"):
+        if part in first.parts:
+            strengths = folds if part == "bias" else [None] * len(there)
+            fill = tuple((start, None, p.parts[part], f) for (p, start), f in zip(there, strengths, strict=True))
+            parts[part] = first.parts[part].spec.with_rows(total), fill
+    return Joined(parts, alpha, sum(f is not None for f in folds))

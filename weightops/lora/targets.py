@@ -1,0 +1,263 @@
+"""What an adapter's module names stand for: which network, which of its modules. Names first, shapes where names tie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from weightops.lora.dialects import MODEL, Beginning, beginning_of
+from weightops.naming.keymap import ARCHITECTURES, NETWORKS, Architecture, Claim, Component, Network, Rule, Table
+from weightops.naming.recognise import Shape, fits, row_of, variant_of
+
+
+class Look(NamedTuple):
+    """A module as the file has it: its beginning, its name, the shape of what it changes if its factors tell."""
+
+    beginning: Beginning
+    body: str
+    shape: Shape | None
+    flat: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The canonical modules that one adapter changes: several, where it changes a packed one.
+
+    rule: how the file's name packs or rearranges them. component: diffusers' name of the part of the pipeline.
+    """
+
+    names: tuple[str, ...]
+    rule: Rule
+    component: str | None
+    spelling: str
+    key: str = ""
+
+
+@dataclass(slots=True)
+class Resolved:
+    """targets: one for each look, None where no name fits. tensors: whole tensors of the model, by key."""
+
+    targets: list[Target | None]
+    tensors: dict[str, Target]
+    architecture: str | None
+    possible: tuple[str, ...]
+    spelling: str | None
+    variant: str | None
+
+
+class _Fit(NamedTuple):
+    network: Network
+    table: Table
+    claims: dict[int, tuple[Claim, str]]
+    strangers: int
+    fitting: bool
+    variant: str | None
+
+
+# Of the modules of a file, at least this share must be known to the network that it is taken to be for.
+_KNOWN = 0.9
+
+
+def resolve(looks: Sequence[Look], others: Iterable[str], *, hint: str = "") -> Resolved:
+    """Find the network of each group of modules. others: keys that may be whole tensors of the diffusion model."""
+    model = [n for n, look in enumerate(looks) if look.beginning.part in (MODEL, "any")]
+    result = Resolved([None] * len(looks), {}, None, (), None, None)
+    fits_ = _best(looks, model, ("unet", "transformer")) if model else []
+    parts = {looks[n].beginning.part for n in range(len(looks))} - {MODEL, "any"}
+    encoders = {part: [n for n, look in enumerate(looks) if look.beginning.part == part] for part in sorted(parts)}
+    if not fits_ and model and all(looks[n].beginning.part == "any" for n in model):
+        encoders["any"] = model  # a text encoder's own adapter, in PEFT's folders
+    texts = {part: _best(looks, numbers, ("text_encoder",)) for part, numbers in encoders.items()}
+    candidates = _architectures(looks, fits_, texts, bool(model) and "any" not in encoders)
+    chosen = candidates if len(candidates) == 1 else [a for a in candidates if _hinted(a, hint)]
+    architecture = chosen[0] if len(chosen) == 1 else None
+    result.possible = () if architecture else tuple(sorted(a.name for a in candidates))
+    result.architecture = architecture.name if architecture else None
+    if architecture is None and not candidates:
+        return result
+    # Where several architectures are possible and name these modules alike, the names are good all the same.
+    for number, candidate in enumerate([architecture] if architecture else candidates):
+        targets = _targets(looks, candidate, fits_, texts, result if number == 0 else None)
+        if number == 0:
+            result.targets = targets
+        elif targets != result.targets:
+            result.targets = [a if a == b else None for a, b in zip(result.targets, targets, strict=True)]
+    if architecture is not None:
+        fit = next((f for f in fits_ if f.network.name == architecture.components[0].network), None)
+        if fit is not None:
+            _whole_tensors(result, others, architecture.components[0], fit)
+    return result
+
+
+def _best(looks: Sequence[Look], numbers: Sequence[int], roles: tuple[str, ...]) -> list[_Fit]:
+    """The networks that know the most of these modules, those of fitting sizes alone if there are such."""
+    found = []
+    for _, network in NETWORKS:
+        if network.role in roles:
+            fit = _fit(network, looks, numbers)
+            if fit is not None:
+                found.append(fit)
+    if not found:
+        return []
+    least = min(f.strangers for f in found)
+    found = [f for f in found if f.strangers == least]
+    return [f for f in found if f.fitting] or found
+
+
+def _fit(network: Network, looks: Sequence[Look], numbers: Sequence[int]) -> _Fit | None:
+    best: tuple[Table, dict[int, tuple[Claim, str]]] | None = None
+    allowed = int(len(numbers) * (1 - _KNOWN))
+    tables = network.tables().values()
+    for table in tables:
+        claims: dict[int, tuple[Claim, str]] = {}
+        for n in numbers:
+            claim = claim_of(table, looks[n])
+            if claim is not None:
+                claims[n] = claim, table.spelling
+        if best is None or len(claims) > len(best[1]):
+            best = table, claims
+        if len(claims) == len(numbers):
+            break
+    assert best is not None
+    table, claims = best
+    for n in numbers:  # a file may mix spellings
+        if n not in claims and len(claims) >= len(numbers) // 2:
+            other = next(((c, t.spelling) for t in tables if (c := claim_of(t, looks[n])) is not None), None)
+            if other is not None:
+                claims[n] = other
+    if not claims or len(numbers) - len(claims) > allowed:
+        return None
+    shapes: list[tuple[str, Shape | None]] = []
+    for n, (claim, _) in claims.items():
+        for name, shape in _target_shapes(claim, looks[n]):
+            row = row_of(f"{name}.weight", network.needs)
+            if row is not None and shape is not None and not looks[n].flat and not _agrees(shape, row):
+                return None
+            wanted = [r for v in network.variants if (r := row_of(f"{name}.weight", v.shapes)) is not None]
+            shapes.append((f"{name}.weight", _as_wanted(shape, wanted, looks[n].flat)))
+    fitting = any(fits(v, shapes) for v in network.variants)
+    return _Fit(
+        network, table, claims, len(numbers) - len(claims), fitting, variant_of(network, shapes, whole=False)
+    )
+
+
+def claim_of(table: Table, look: Look) -> Claim | None:
+    return table.flattened(look.body) if look.beginning.flat else table.module(look.body)
+
+
+def _target_shapes(claim: Claim, look: Look) -> list[tuple[str, Shape | None]]:
+    shape = look.shape
+    if shape is None or len(claim.names) == 1:
+        return [(name, shape) for name in claim.names]
+    if set(claim.rule.heights) == {"="} and shape[0] % len(claim.names) == 0:
+        return [(name, (shape[0] // len(claim.names), *shape[1:])) for name in claim.names]
+    return [(name, None) for name in claim.names]
+
+
+def _agrees(shape: Shape, row: tuple[int | None, ...]) -> bool:
+    return len(row) == len(shape) and all(w is None or s in (w, -1) for w, s in zip(row, shape, strict=True))
+
+
+def _as_wanted(shape: Shape | None, wanted: Sequence[tuple[int | None, ...]], flat: bool) -> Shape | None:
+    """A flattened convolution's shape, as the table has it, where the two hold equally many values."""
+    if shape is None or not flat:
+        return shape
+    for row in wanted:
+        whole = tuple(w for w in row if w is not None)
+        if len(whole) == len(row) and row and row[0] == shape[0] and math.prod(whole) == math.prod(shape):
+            return whole
+    return shape
+
+
+# ------------------------------------------------------------------------------------------------ architectures
+
+
+def _architectures(
+    looks: Sequence[Look], models: Sequence[_Fit], texts: dict[str, list[_Fit]], has_model: bool
+) -> list[Architecture]:
+    """Those whose networks know every group of modules."""
+    if has_model and not models:
+        return []
+    found = []
+    for _, architecture in ARCHITECTURES:
+        if has_model and all(f.network.name != architecture.components[0].network for f in models):
+            continue
+        parts = [_component(architecture, part, fits_) for part, fits_ in texts.items()]
+        if all(part is not None for part in parts) and (has_model or parts):
+            found.append(architecture)
+    if not has_model:
+        # kohya's beginning of a text encoder's names tells some architectures from others.
+        begins = {look.beginning.text.rstrip("_") for look in looks if look.beginning.dialect == "kohya"}
+        exact = [a for a in found if begins and begins <= {c.kohya for c in a.components}]
+        found = exact or found
+    return found
+
+
+def _component(architecture: Architecture, part: str, fits_: Sequence[_Fit]) -> tuple[Component, _Fit] | None:
+    """Which text encoder of the architecture a group of modules belongs to."""
+    encoders = [c for c in architecture.components if c.name.startswith("text_encoder")]
+    number = {"te": 0, "te1": 0, "te2": 1, "te3": 2}.get(part)
+    found = []
+    for place, component in enumerate(encoders):
+        for fit in fits_:
+            if fit.network.name != component.network:
+                continue
+            if component.variant and fit.variant and component.variant != fit.variant:
+                continue
+            if part.startswith("te.") and component.variant and part != f"te.{component.variant}":
+                continue
+            named = component.kohya == f"lora_{part}" or component.name in (f"text_encoder_{part[2:]}",)
+            found.append((not named, place != number, place, component, fit))
+    if not found:
+        return None
+    found.sort(key=lambda entry: entry[:3])
+    return found[0][3], found[0][4]
+
+
+_HINTS: dict[str, tuple[str, ...]] = {
+    "sd15": ("sd_v1", "sd_1.5"),
+    "sd2": ("sd_v2", "sd_2"),
+    "sdxl": ("sdxl",),
+    "sd3": ("sd3",),
+    "flux": ("flux1", "flux.1"),
+    "chroma": ("chroma",),
+    "lumina2": ("lumina",),
+    "wan": ("wan",),
+    "qwen_image": ("qwen",),
+    "hunyuan_video": ("hunyuan",),
+    "z_image": ("zimage", "z_image"),
+}
+
+
+def _hinted(architecture: Architecture, hint: str) -> bool:
+    """Metadata lies; it is asked only where names and shapes leave a choice."""
+    return bool(hint) and hint.lower().startswith(_HINTS.get(architecture.name, ()))
+
+
+def _targets(
+    looks: Sequence[Look], architecture: Architecture, models: Sequence[_Fit], texts: dict[str, list[_Fit]],
+    result: Resolved | None,
+) -> list[Target | None]:  # fmt: skip
+    targets: list[Target | None] = [None] * len(looks)
+    model = next((f for f in models if f.network.name == architecture.components[0].network), None)
+    groups = [(architecture.components[0], model)] if model is not None else []
+    groups += [entry for part, fits_ in texts.items() if (entry := _component(architecture, part, fits_)) is not None]
+    for component, fit in groups:
+        for n, (claim, spelling) in fit.claims.items():
+            targets[n] = Target(claim.names, claim.rule, component.name, spelling)
+    if result is not None and groups:
+        result.spelling, result.variant = groups[0][1].table.spelling, groups[0][1].variant
+    return targets
+
+
+def _whole_tensors(result: Resolved, keys: Iterable[str], component: Component, fit: _Fit) -> None:
+    claim_by: Callable[[str], Claim | None] = fit.table.claim
+    for key in keys:
+        beginning = beginning_of(key)
+        if beginning.flat or beginning.part not in (MODEL, "any"):
+            continue
+        claim = claim_by(key[len(beginning.text) :])
+        if claim is not None and not claim.suffix:
+            result.tensors[key] = Target(claim.names, claim.rule, component.name, fit.table.spelling, key)

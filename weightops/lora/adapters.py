@@ -105,8 +105,13 @@ class AdapterFile:
         if not lost:
             return
         if self.architecture is None:
-            which = f"it may be {' or '.join(self.possible)}" if self.possible else "no known architecture has its names"
-            raise MismatchError(self.label, f"cannot tell which model it is for: {listing(lost)}", which)
+            if not self.possible:
+                raise MismatchError(self.label, f"no known architecture has modules of these names: {listing(lost)}")
+            raise MismatchError(
+                self.label,
+                f"cannot tell which model it is for: {', '.join(self.possible)} have modules of these names and sizes",
+                f"--architecture {self.possible[0]} says which",
+            )
         raise MismatchError(self.label, f"{self.architecture} has no modules of these names: {listing(lost)}")
 
 
@@ -119,11 +124,16 @@ def nearest(key: str) -> str:
     return "PEFT's names are nearest: <module>.lora_A.weight and .lora_B.weight"
 
 
-def read_adapters(opened: Checkpoint) -> AdapterFile:
-    """Group and resolve the keys of an adapter file, from its header alone. Never raises for what is odd in it."""
+def read_adapters(opened: Checkpoint, *, architecture: str | None = None) -> AdapterFile:
+    """Group and resolve the keys of an adapter file, from its header alone. Never raises for what is odd in it.
+
+    architecture: the one that is meant, where names and shapes leave a choice.
+    """
     found = group(opened.label, opened.tensors)
     looks = [_look(a) for a in found.adapters]
-    resolved = resolve(looks, found.left, hint=opened.metadata.get("ss_base_model_version", ""))
+    resolved = resolve(
+        looks, found.left, hint=opened.metadata.get("ss_base_model_version", ""), architecture=architecture
+    )
     found.adapters = [
         Adapter(a.name, a.beginning, a.body, a.family, a.keys, a.shapes, target, target.component if target else None)
         for a, target in zip(found.adapters, resolved.targets, strict=True)

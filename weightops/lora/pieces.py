@@ -282,9 +282,7 @@ def _height(piece: Piece) -> int | None:
     return next((piece.parts[part].spec.rows for part in piece.family.rows if part in piece.parts), None)
 
 
-def _stacked(
-    pieces: Sequence[Piece | None], starts: Sequence[int], total: int, cut: set[str], first: Piece
-) -> Joined:
+def _stacked(pieces: Sequence[Piece | None], starts: Sequence[int], total: int, cut: set[str], first: Piece) -> Joined:
     """Pieces that share all but their rows."""
     parts: dict[str, Any] = {}
     height = _height(first) or 1

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from weightops.lora.dialects import MODEL, Beginning, beginning_of
-from weightops.naming.keymap import ARCHITECTURES, NETWORKS, Architecture, Claim, Component, Network, Rule, Table
+from weightops.naming.keymap import (
+    ARCHITECTURES,
+    NETWORKS,
+    Architecture,
+    Claim,
+    Component,
+    Network,
+    Rule,
+    Table,
+    Variant,
+)
 from weightops.naming.recognise import Shape, fits, row_of, variant_of
 
 
@@ -53,6 +63,7 @@ class _Fit(NamedTuple):
     claims: dict[int, tuple[Claim, str]]
     strangers: int
     fitting: bool
+    complete: bool
     variant: str | None
 
 
@@ -60,8 +71,14 @@ class _Fit(NamedTuple):
 _KNOWN = 0.9
 
 
-def resolve(looks: Sequence[Look], others: Iterable[str], *, hint: str = "") -> Resolved:
-    """Find the network of each group of modules. others: keys that may be whole tensors of the diffusion model."""
+def resolve(
+    looks: Sequence[Look], others: Iterable[str], *, hint: str = "", architecture: str | None = None
+) -> Resolved:
+    """Find the network of each group of modules.
+
+    others: keys that may be whole tensors of the diffusion model. hint: what the metadata says of the base model;
+    architecture: what the user says; either counts only where names and shapes leave a choice.
+    """
     model = [n for n, look in enumerate(looks) if look.beginning.part in (MODEL, "any")]
     result = Resolved([None] * len(looks), {}, None, (), None, None)
     fits_ = _best(looks, model, ("unet", "transformer")) if model else []
@@ -71,23 +88,17 @@ def resolve(looks: Sequence[Look], others: Iterable[str], *, hint: str = "") -> 
         encoders["any"] = model  # a text encoder's own adapter, in PEFT's folders
     texts = {part: _best(looks, numbers, ("text_encoder",)) for part, numbers in encoders.items()}
     candidates = _architectures(looks, fits_, texts, bool(model) and "any" not in encoders)
-    chosen = candidates if len(candidates) == 1 else [a for a in candidates if _hinted(a, hint)]
-    architecture = chosen[0] if len(chosen) == 1 else None
-    result.possible = () if architecture else tuple(sorted(a.name for a in candidates))
-    result.architecture = architecture.name if architecture else None
-    if architecture is None and not candidates:
+    told = [a for a in candidates if a.name == architecture] or [a for a in candidates if _hinted(a, hint)]
+    chosen = told if len(told) == 1 else candidates
+    if len(chosen) != 1:
+        result.possible = tuple(sorted(a.name for a in candidates))
         return result
-    # Where several architectures are possible and name these modules alike, the names are good all the same.
-    for number, candidate in enumerate([architecture] if architecture else candidates):
-        targets = _targets(looks, candidate, fits_, texts, result if number == 0 else None)
-        if number == 0:
-            result.targets = targets
-        elif targets != result.targets:
-            result.targets = [a if a == b else None for a, b in zip(result.targets, targets, strict=True)]
-    if architecture is not None:
-        fit = next((f for f in fits_ if f.network.name == architecture.components[0].network), None)
-        if fit is not None:
-            _whole_tensors(result, others, architecture.components[0], fit)
+    found = chosen[0]
+    result.architecture = found.name
+    result.targets = _targets(looks, found, fits_, texts, result)
+    fit = next((f for f in fits_ if f.network.name == found.components[0].network), None)
+    if fit is not None:
+        _whole_tensors(result, others, found.components[0], fit)
     return result
 
 
@@ -103,7 +114,9 @@ def _best(looks: Sequence[Look], numbers: Sequence[int], roles: tuple[str, ...])
         return []
     least = min(f.strangers for f in found)
     found = [f for f in found if f.strangers == least]
-    return [f for f in found if f.fitting] or found
+    found = [f for f in found if f.fitting] or found
+    # Flux and HunyuanVideo name their blocks alike: a file for all of one model's blocks, and no more, is for that one.
+    return [f for f in found if f.complete] or found
 
 
 def _fit(network: Network, looks: Sequence[Look], numbers: Sequence[int]) -> _Fit | None:
@@ -137,10 +150,21 @@ def _fit(network: Network, looks: Sequence[Look], numbers: Sequence[int]) -> _Fi
                 return None
             wanted = [r for v in network.variants if (r := row_of(f"{name}.weight", v.shapes)) is not None]
             shapes.append((f"{name}.weight", _as_wanted(shape, wanted, looks[n].flat)))
-    fitting = any(fits(v, shapes) for v in network.variants)
-    return _Fit(
-        network, table, claims, len(numbers) - len(claims), fitting, variant_of(network, shapes, whole=False)
-    )
+    fitting = [v for v in network.variants if fits(v, shapes)]
+    complete = any(_is_complete(v, {name for name, _ in shapes}) for v in fitting)
+    variant = variant_of(network, shapes, whole=False)
+    return _Fit(network, table, claims, len(numbers) - len(claims), bool(fitting), complete, variant)
+
+
+def _is_complete(variant: Variant, names: set[str]) -> bool:
+    """Does each of the variant's numbered blocks, up to the last, have a module among these?"""
+    for template, count in variant.counts.items():
+        before, _, after = template.partition("{}")
+        for number in range(count):
+            start = f"{before}{number}{after}."
+            if not any(name.startswith(start) for name in names):
+                return False
+    return bool(variant.counts)
 
 
 def claim_of(table: Table, look: Look) -> Claim | None:
@@ -151,9 +175,10 @@ def _target_shapes(claim: Claim, look: Look) -> list[tuple[str, Shape | None]]:
     shape = look.shape
     if shape is None or len(claim.names) == 1:
         return [(name, shape) for name in claim.names]
-    if set(claim.rule.heights) == {"="} and shape[0] % len(claim.names) == 0:
-        return [(name, (shape[0] // len(claim.names), *shape[1:])) for name in claim.names]
-    return [(name, None) for name in claim.names]
+    bands = heights(claim.rule, shape[0], shape[1] if len(shape) > 1 else None)
+    if bands is None:
+        return [(name, None) for name in claim.names]
+    return [(name, (height, *shape[1:])) for name, height in zip(claim.names, bands, strict=True)]
 
 
 def _agrees(shape: Shape, row: tuple[int | None, ...]) -> bool:
@@ -238,7 +263,7 @@ def _hinted(architecture: Architecture, hint: str) -> bool:
 
 def _targets(
     looks: Sequence[Look], architecture: Architecture, models: Sequence[_Fit], texts: dict[str, list[_Fit]],
-    result: Resolved | None,
+    result: Resolved,
 ) -> list[Target | None]:  # fmt: skip
     targets: list[Target | None] = [None] * len(looks)
     model = next((f for f in models if f.network.name == architecture.components[0].network), None)
@@ -247,7 +272,7 @@ def _targets(
     for component, fit in groups:
         for n, (claim, spelling) in fit.claims.items():
             targets[n] = Target(claim.names, claim.rule, component.name, spelling)
-    if result is not None and groups:
+    if groups:
         result.spelling, result.variant = groups[0][1].table.spelling, groups[0][1].variant
     return targets
 

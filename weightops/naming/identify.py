@@ -25,6 +25,7 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("model.model_sampling.", "schedule"),
     ("denoiser.", "schedule"),
     ("model.diffusion_model.", MODEL),
+    ("model.model.", MODEL),  # ComfyUI's HunyuanVideo
     ("diffusion_model.", MODEL),
     ("unet.", "unet"),
     ("transformer.", "transformer"),
@@ -200,8 +201,10 @@ def identify(tensors: Mapping[str, TensorInfo]) -> Identity:
     architecture = architecture_with(match.network.name) if match is not None else None
     if match is None and kind in ("vae", "text_encoder") and len(set(parts) - {"ema"}) == 1:
         match = next(iter(parts.values())).match
-    if kind == "unknown" and set(groups) == {"ema"}:
-        match = parts["ema"].match
+    if kind == "unknown":
+        averaged = _averaged(groups, tensors)
+        if averaged is not None:
+            return averaged
     components = _components(tensors, groups, kind, architecture, match)
     renamed = {components[next(iter(part.bodies))]: part for part in parts.values() if part.bodies}
     if match is None:
@@ -209,6 +212,18 @@ def identify(tensors: Mapping[str, TensorInfo]) -> Identity:
         return Identity(kind, None, None, None, renamed, components, possible)
     named = architecture.name if architecture is not None else match.variant or match.network.name
     return Identity(kind, named, match.spelling, match.variant, renamed, components)
+
+
+def _averaged(groups: Mapping[str | None, dict[str, str]], tensors: Mapping[str, TensorInfo]) -> Identity | None:
+    """A file of LDM's average alone, with or without its prefix."""
+    if len(groups) != 1 or any("." in body for keys in groups.values() for body in keys.values()):
+        return None
+    part = _average(next(iter(groups.values())), tensors)
+    architecture = architecture_with(part.match.network.name) if part.match is not None else None
+    if part.match is None or architecture is None:
+        return None
+    components = dict.fromkeys(tensors, "ema")
+    return Identity("checkpoint", architecture.name, "ema", part.match.variant, {"ema": part}, components)
 
 
 def _is_pairs(tensors: Mapping[str, TensorInfo]) -> bool:

@@ -137,6 +137,21 @@ LDM_UNET = (
     move("out.2", "conv_out"),
 )
 
+# The skip connections tell models with one resnet to a level (BK-SDM), whose blocks are numbered otherwise.
+LDM_SHAPES: dict[str, tuple[int | None, ...]] = {
+    "down_blocks.0.resnets.{}.conv2.weight": (320, 320, 3, 3),
+    "down_blocks.1.resnets.{}.conv2.weight": (640, 640, 3, 3),
+    "down_blocks.2.resnets.{}.conv2.weight": (1280, 1280, 3, 3),
+    "down_blocks.3.resnets.{}.conv2.weight": (1280, 1280, 3, 3),
+    "mid_block.resnets.{}.conv2.weight": (1280, 1280, 3, 3),
+    "up_blocks.0.resnets.{}.conv2.weight": (1280, 1280, 3, 3),
+    "up_blocks.1.resnets.{}.conv2.weight": (1280, 1280, 3, 3),
+    "up_blocks.2.resnets.{}.conv2.weight": (640, 640, 3, 3),
+    "up_blocks.3.resnets.{}.conv2.weight": (320, 320, 3, 3),
+    "up_blocks.1.resnets.1.conv1.weight": (1280, 2560, 3, 3),
+    "up_blocks.2.resnets.1.conv1.weight": (640, 1280, 3, 3),
+}
+
 LDM_LEVELS: dict[str, Any] = {
     "block_out_channels": [
         Dim("down_blocks.0.resnets.0.conv1.weight", 0),

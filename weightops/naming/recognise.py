@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from weightops.naming.keymap import NETWORKS, Claim, Network, Table, Variant
+from weightops.naming.keymap import NETWORKS, Claim, Network, Table, Variant, heights
 
 Shape = tuple[int, ...]
 
@@ -89,21 +89,19 @@ def _is_marked(network: Network, claims: Iterable[Claim]) -> bool:
     return not network.has or any(name in network.has for claim in claims for name in claim.names)
 
 
-def canonical_shapes(
-    claims: Mapping[str, Claim], shapes: Mapping[str, Shape | None]
-) -> list[tuple[str, Shape | None]]:
+def canonical_shapes(claims: Mapping[str, Claim], shapes: Mapping[str, Shape | None]) -> list[tuple[str, Shape | None]]:
     """Canonical names with their shapes; None for what a packed or rearranged tensor holds."""
     found: list[tuple[str, Shape | None]] = []
     for key, claim in claims.items():
         rule = claim.rule
         plain = len(claim.names) == 1 and not (rule.squared or rule.transposed)
         shape = shapes[key]
-        if not plain and shape is not None and len(set(rule.heights)) == 1 and rule.heights[0] == "=":
-            # Equal bands: each is a share of the whole.
-            share = None if shape[0] % len(claim.names) else (shape[0] // len(claim.names), *shape[1:])
-            found.extend((name, share) for name in claim.names)
-        else:
-            found.extend((name, shape if plain else None) for name in claim.names)
+        if len(claim.names) > 1 and shape is not None and not rule.transposed:
+            bands = heights(rule, shape[0], shape[1] if len(shape) > 1 else None)
+            if bands is not None:
+                found.extend((name, (h, *shape[1:])) for name, h in zip(claim.names, bands, strict=True))
+                continue
+        found.extend((name, shape if plain else None) for name in claim.names)
     return found
 
 
@@ -135,9 +133,7 @@ def fits(variant: Variant, canonical: Iterable[tuple[str, Shape | None]]) -> boo
     return checked > 0
 
 
-def variant_of(
-    network: Network, canonical: Iterable[tuple[str, Shape | None]], *, whole: bool = True
-) -> str | None:
+def variant_of(network: Network, canonical: Iterable[tuple[str, Shape | None]], *, whole: bool = True) -> str | None:
     """The one variant that the shapes fit; `whole`: of a checkpoint, whose absent tensors say something too."""
     listed = list(canonical)
     names = {name for name, _ in listed}

@@ -73,20 +73,32 @@ class _State:
     cache: dict[Source, bytes] = field(default_factory=dict)
 
 
-def plan_dialect(opened: Checkpoint, *, to: str, alpha: str = "carry", drop: tuple[str, ...] = ()) -> Planned:
+def plan_dialect(
+    opened: Checkpoint, *, to: str, alpha: str = "carry", drop: tuple[str, ...] = (), architecture: str | None = None
+) -> Planned:
     """The plan of an adapter file in the dialect `to`. Reads some factors, to see which are shared.
 
-    alpha: "carry" it to where the dialect keeps it, or "fold" the strength into the factors.
+    alpha: "carry" it to where the dialect keeps it, or "fold" the strength into the factors. architecture: the one
+    that is meant, where names and shapes fit several; where all of those would be written alike it need not be said.
     Raises MismatchError and FormatError for what cannot be converted exactly.
     """
-    dialect = DIALECTS[to]
-    found = read_adapters(opened)
+    found = read_adapters(opened, architecture=architecture)
+    if found.architecture is None and found.possible:
+        planned = [plan_dialect(opened, to=to, alpha=alpha, drop=drop, architecture=name) for name in found.possible]
+        if all(_writes_the_same(p, planned[0]) for p in planned):
+            planned[0].warnings.append(
+                f"{' and '.join(found.possible)} have modules of these names and sizes, and are written alike"
+            )
+            return planned[0]
     found.check()
     if not found.adapters:
         raise MismatchError(opened.label, "holds no adapter modules, only embeddings: nothing to convert")
-    state = _State(opened, found, dialect, _architecture(found))
+    dialect = DIALECTS[to]
+    state = _State(opened, found, dialect, ARCHITECTURES.get(found.architecture or ""))
     pieces = _pieces(state)
-    units = [unit for component, mine in _by_component(pieces, state).items() for unit in _units(state, component, mine)]
+    units = [
+        unit for component, mine in _by_component(pieces, state).items() for unit in _units(state, component, mine)
+    ]
     if drop:
         units = [u for u in units if not (u.component.startswith("text_encoder") and "text_encoder" in drop)]
     if alpha == "fold":
@@ -106,9 +118,13 @@ def plan_dialect(opened: Checkpoint, *, to: str, alpha: str = "carry", drop: tup
     return Planned(plan, account, _summary(state, units, alpha), _groups(units), _warnings(state, units))
 
 
-def _architecture(found: AdapterFile) -> Architecture:
-    """That of the file; of several that name its modules alike, any."""
-    return ARCHITECTURES.get(found.architecture or found.possible[0])
+def _writes_the_same(a: Planned, b: Planned) -> bool:
+    """Do two plans write the same tensors from the same slots?"""
+
+    def tasks(planned: Planned) -> list[Any]:
+        return [(t.name, t.inputs, t.outputs) for t in planned.plan.tasks]
+
+    return a.plan.outputs == b.plan.outputs and tasks(a) == tasks(b) and a.plan.extras == b.plan.extras
 
 
 # ------------------------------------------------------------------------------------------------ what there is
@@ -247,7 +263,9 @@ def _single(state: _State, piece: Piece, rule: Rule, module: str) -> _Unit:
         features = shape[1] if shape is not None and len(shape) > 1 else None
         swapped = swaps(rule, rows, features)
         if swapped is None:
-            raise MismatchError(state.opened.label, f"{quote(piece.adapter)}: do its halves trade places? No shape tells")
+            raise MismatchError(
+                state.opened.label, f"{quote(piece.adapter)}: do its halves trade places? No shape tells"
+            )
         if swapped:
             bands = ((rows // 2, rows), (0, rows // 2))
             parts = cut_rows(parts, piece.family, piece.adapter, bands, rows, state.opened.label)
@@ -606,9 +624,7 @@ def _warnings(state: _State, units: Sequence[_Unit]) -> list[str]:
         )
     families = {u.family for u in units} - {"lora"}
     if state.dialect.name == "diffusers" and families:
-        found.append(
-            f"diffusers itself loads no {listing(sorted(families))} in these names; weightops and ComfyUI do"
-        )
+        found.append(f"diffusers itself loads no {listing(sorted(families))} in these names; weightops and ComfyUI do")
     return found
 
 

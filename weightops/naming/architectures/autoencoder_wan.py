@@ -63,14 +63,29 @@ WAN21 = (
     *under("decoder.upsamples.14", "decoder.up_blocks.3.resnets.2", RESNET),
 )
 
+# Wan 2.2 numbers them within each level. Qwen-Image 2.1's, which has five levels and other widths, is another network.
 WAN22 = (
     *ENDS,
-    *under("encoder.downsamples.{}.downsamples.{}", "encoder.down_blocks.{}.resnets.{}", RESNET),
-    move("encoder.downsamples.{}.downsamples.2.resample.1", "encoder.down_blocks.{}.downsampler.resample.1"),
-    move("encoder.downsamples.{}.downsamples.2.time_conv", "encoder.down_blocks.{}.downsampler.time_conv"),
-    *under("decoder.upsamples.{}.upsamples.{}", "decoder.up_blocks.{}.resnets.{}", RESNET),
-    move("decoder.upsamples.{}.upsamples.3.resample.1", "decoder.up_blocks.{}.upsampler.resample.1"),
-    move("decoder.upsamples.{}.upsamples.3.time_conv", "decoder.up_blocks.{}.upsampler.time_conv"),
+    *under("encoder.downsamples.0.downsamples.{}", "encoder.down_blocks.0.resnets.{}", RESNET),
+    move("encoder.downsamples.0.downsamples.2.resample.1", "encoder.down_blocks.0.downsampler.resample.1"),
+    move("encoder.downsamples.0.downsamples.2.time_conv", "encoder.down_blocks.0.downsampler.time_conv"),
+    *under("encoder.downsamples.1.downsamples.{}", "encoder.down_blocks.1.resnets.{}", RESNET),
+    move("encoder.downsamples.1.downsamples.2.resample.1", "encoder.down_blocks.1.downsampler.resample.1"),
+    move("encoder.downsamples.1.downsamples.2.time_conv", "encoder.down_blocks.1.downsampler.time_conv"),
+    *under("encoder.downsamples.2.downsamples.{}", "encoder.down_blocks.2.resnets.{}", RESNET),
+    move("encoder.downsamples.2.downsamples.2.resample.1", "encoder.down_blocks.2.downsampler.resample.1"),
+    move("encoder.downsamples.2.downsamples.2.time_conv", "encoder.down_blocks.2.downsampler.time_conv"),
+    *under("encoder.downsamples.3.downsamples.{}", "encoder.down_blocks.3.resnets.{}", RESNET),
+    *under("decoder.upsamples.0.upsamples.{}", "decoder.up_blocks.0.resnets.{}", RESNET),
+    move("decoder.upsamples.0.upsamples.3.resample.1", "decoder.up_blocks.0.upsampler.resample.1"),
+    move("decoder.upsamples.0.upsamples.3.time_conv", "decoder.up_blocks.0.upsampler.time_conv"),
+    *under("decoder.upsamples.1.upsamples.{}", "decoder.up_blocks.1.resnets.{}", RESNET),
+    move("decoder.upsamples.1.upsamples.3.resample.1", "decoder.up_blocks.1.upsampler.resample.1"),
+    move("decoder.upsamples.1.upsamples.3.time_conv", "decoder.up_blocks.1.upsampler.time_conv"),
+    *under("decoder.upsamples.2.upsamples.{}", "decoder.up_blocks.2.resnets.{}", RESNET),
+    move("decoder.upsamples.2.upsamples.3.resample.1", "decoder.up_blocks.2.upsampler.resample.1"),
+    move("decoder.upsamples.2.upsamples.3.time_conv", "decoder.up_blocks.2.upsampler.time_conv"),
+    *under("decoder.upsamples.3.upsamples.{}", "decoder.up_blocks.3.resnets.{}", RESNET),
 )
 
 CONFIG: dict[str, Any] = {

@@ -1,9 +1,18 @@
 """Stable Diffusion 1.x, inpainting and instruct-pix2pix too. Source: FORMATS §2 to §4; latent-diffusion (LDM)."""
 
 from weightops.naming.keymap import Architecture, Component, Config, Network, Pipeline, Spelling, Variant, register
-from weightops.naming.parts import CONVOLUTIONS, LDM_BLOCKS, LDM_LEVELS, LDM_UNET, UNET_CONFIG, transformer_shapes
+from weightops.naming.parts import (
+    CONVOLUTIONS,
+    LDM_BLOCKS,
+    LDM_LEVELS,
+    LDM_SHAPES,
+    LDM_UNET,
+    UNET_CONFIG,
+    transformer_shapes,
+)
 
 SHAPES = {
+    **LDM_SHAPES,
     **transformer_shapes("down_blocks.0.attentions.{}", 320, 768),
     **transformer_shapes("down_blocks.1.attentions.{}", 640, 768),
     **transformer_shapes("down_blocks.2.attentions.{}", 1280, 768),

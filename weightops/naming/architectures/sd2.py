@@ -4,9 +4,18 @@ The upscaler, which has attention on other levels, and unCLIP, which has class e
 """
 
 from weightops.naming.keymap import Architecture, Component, Config, Dim, Network, Pipeline, Spelling, Variant, register
-from weightops.naming.parts import LDM_BLOCKS, LDM_LEVELS, LDM_UNET, MATRICES, UNET_CONFIG, transformer_shapes
+from weightops.naming.parts import (
+    LDM_BLOCKS,
+    LDM_LEVELS,
+    LDM_SHAPES,
+    LDM_UNET,
+    MATRICES,
+    UNET_CONFIG,
+    transformer_shapes,
+)
 
 SHAPES = {
+    **LDM_SHAPES,
     **transformer_shapes("down_blocks.0.attentions.{}", 320, 1024),
     **transformer_shapes("down_blocks.1.attentions.{}", 640, 1024),
     **transformer_shapes("down_blocks.2.attentions.{}", 1280, 1024),

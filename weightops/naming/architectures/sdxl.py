@@ -94,6 +94,9 @@ SHAPES = {
     "up_blocks.0.resnets.{}.conv2.weight": (1280, 1280, 3, 3),
     "up_blocks.1.resnets.{}.conv2.weight": (640, 640, 3, 3),
     "up_blocks.2.resnets.{}.conv2.weight": (320, 320, 3, 3),
+    # Models with one resnet to a level (KOALA) have other skip connections, and number their blocks otherwise.
+    "up_blocks.0.resnets.1.conv1.weight": (1280, 2560, 3, 3),
+    "up_blocks.1.resnets.1.conv1.weight": (640, 1280, 3, 3),
 }
 
 DEPTHS = {

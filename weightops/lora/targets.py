@@ -18,6 +18,7 @@ from weightops.naming.keymap import (
     Rule,
     Table,
     Variant,
+    heights,
 )
 from weightops.naming.recognise import Shape, fits, row_of, variant_of
 

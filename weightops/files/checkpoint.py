@@ -330,7 +330,7 @@ def _open_diffusers(folder: Place, label: str) -> Checkpoint:
         path = _component_file(folder / component, where) if _is_dir(folder / component) else None
         if path is not None:
             parts.append((component, path))
-        elif not kind.endswith(_WEIGHTLESS):
+        elif not kind.endswith(WEIGHTLESS):
             left_out.append((component, f"a {quote(kind)} without weights in its folder"))
     opened = _open_parts(folder, label, parts, "diffusers")
     opened.left_out[:0] = left_out
@@ -367,7 +367,7 @@ def _open_parts(folder: Place, label: str, parts: list[tuple[str, Place]], conta
 _ADAPTED = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 # How the names of classes end that have settings, but no weights.
-_WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "FeatureExtractor", "Processor", "ProcessorFast")
+WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "FeatureExtractor", "Processor", "ProcessorFast")
 
 
 def _components(index: Mapping[str, Any], label: str) -> Iterator[tuple[str, str]]:

@@ -46,7 +46,7 @@ class Adapter:
 
     @property
     def rank(self) -> int | None:
-        return self.family.rank(self.shapes)
+        return self.family.rank(self.shapes) if self.family.form(self.keys) is not None else None
 
     @property
     def label(self) -> str:

@@ -24,6 +24,7 @@ from weightops.naming.identify import (
     identify,
     quantised,
 )
+from weightops.ops.align import Alignment, Spot, same_cut
 from weightops.ops.produce import Planned, cast, check_words, kept_metadata, named, produce, stem
 from weightops.ops.report import Account, Report, Unused, tensors
 from weightops.plan import Block, Compute, Grain, Input, Plan, Task
@@ -248,6 +249,9 @@ class _Planner:
         self.first = self.models[0]
         self.identities = [identify(c.tensors) for c in self.opened]
         self.components = [i.components for i in self.identities]
+        self.alignment = Alignment(self.first, self.identities[self.opened.index(self.first)])
+        for number, (model, identity) in enumerate(zip(self.opened, self.identities, strict=True)):
+            self.alignment.add(number, model, identity)
         self.first_components = self.components[self.opened.index(self.first)]
         self.account = Account()
         self.warnings: list[str] = []
@@ -291,7 +295,7 @@ class _Planner:
 
     # -------------------------------------------------------------- one key
 
-    def _place(self, key: str, replaced: Mapping[str, str]) -> None:
+    def _place(self, key: str, replaced: Mapping[str, tuple[Spot, ...]]) -> None:
         """Decide what becomes of a key of the first model."""
         component = self.first_components[key]
         count = self.counts.setdefault(component, {"tensors": 0, "merged": 0, "copied": 0, "dropped": 0})
@@ -313,86 +317,123 @@ class _Planner:
         else:
             self._merge(key, spec, count)
 
-    def _copy(self, key: str, source: Checkpoint, source_key: str, count: dict[str, int]) -> None:
-        self._add(key, [(source, source_key)], None)
+    def _find(self, model: Checkpoint, key: str) -> tuple[Spot, ...] | None:
+        return self.alignment.find(self.opened.index(model), model, key)
+
+    def _copy(self, key: str, source: Checkpoint, spots: tuple[Spot, ...], count: dict[str, int]) -> None:
+        self._add(key, [(source, spots)], None)
         self.account.copied.append(key)
         count["copied"] += 1
 
     def _copy_chosen(self, key: str, number: int, family: str, count: dict[str, int]) -> None:
         source = self.models[number]
-        if key not in source.tensors:
+        spots = self._find(source, key)
+        if spots is None:
             raise MismatchError(
                 source.label,
                 f"has no tensor {quote(key)}, so its {_WORDS[family]} cannot take the place of the first's",
                 f"{_option(family)} 1 keeps the first model's",
             )
-        self._copy(key, source, key, count)
+        self._copy(key, source, spots, count)
 
     def _keep_unmergeable(self, key: str, spec: TensorSpec, count: dict[str, int]) -> None:
         """Integers, booleans, codes, and what is no weight are copied from the first model."""
         for other in self.opened:
-            found = other.tensors.get(key)
-            if found is None or found.spec.shape != spec.shape:
-                what = f"not in {other.label}" if found is None else self._differs(other, found.spec, spec)
+            spots = self._find(other, key)
+            if spots is None or not self._fits(key, spec, spots):
+                what = f"not in {other.label}" if spots is None else self._differs(other, spots, spec)
                 self._keep(key, what, count)
                 return
-        self._copy(key, self.first, key, count)
+        self._copy(key, self.first, self._whole(key), count)
 
-    def _differs(self, other: Checkpoint, found: TensorSpec, spec: TensorSpec) -> str:
+    def _whole(self, key: str) -> tuple[Spot, ...]:
+        spec = self.first.tensors[key].spec
+        return (Spot(Slot(key, spec), spec.shape),)
+
+    def _fits(self, key: str, spec: TensorSpec, spots: tuple[Spot, ...]) -> bool:
+        """Are these of the shapes that the first model's tensor, or its pieces, have?"""
+        if spots[0].slot.key == key:
+            return spots[0].shape == spec.shape
+        return all(s.shape == p.spec.shape for s, p in zip(spots, self.alignment.pieces(key), strict=True))
+
+    def _differs(self, other: Checkpoint, spots: tuple[Spot, ...], spec: TensorSpec) -> str:
+        found = " and ".join(str(s.slot.spec) for s in spots)
         return f"{found} in {other.label}, {spec} in {self.first.label}"
 
     def _merge(self, key: str, spec: TensorSpec, count: dict[str, int]) -> None:
-        lacking = [c.label for c in self.opened if key not in c.tensors]
+        found = [(c, self._find(c, key)) for c in self.opened]
+        lacking = [c.label for c, spots in found if spots is None]
         if lacking:
             self._keep(key, f"not in {', '.join(lacking)}", count)
             return
-        for other in self.opened:
-            found = other.tensors[key].spec
-            if found.shape == spec.shape and found.dtype in ARITHMETIC:
+        parts = [(c, spots) for c, spots in found if spots is not None]
+        for other, spots in parts:
+            if self._fits(key, spec, spots) and all(s.slot.spec.dtype in ARITHMETIC for s in spots):
                 continue
             if self.settings.on_mismatch == "keep-first":
-                self._keep(key, self._differs(other, found, spec), count)
+                self._keep(key, self._differs(other, spots, spec), count)
                 return
             raise MismatchError(
                 other.label,
-                f"tensor {quote(key)} is {found}, but {spec} in {self.first.label}",
+                f"tensor {quote(spots[0].slot.key)} is {spots[0].slot.spec}, but {spec} in {self.first.label}",
                 "--on-mismatch keep-first takes such tensors from the first model",
             )
-        self._add(key, [(c, key) for c in self.opened], self.compute)
+        self._add(key, parts, self.compute)
         self.account.used.append(key)
         count["merged"] += 1
 
     def _keep(self, key: str, reason: str, count: dict[str, int]) -> None:
-        self._add(key, [(self.first, key)], None)
+        self._add(key, [(self.first, self._whole(key))], None)
         self.account.kept.append((key, reason))
         self.kept.add(key)
         count["copied"] += 1
 
-    def _add(self, key: str, parts: list[tuple[Checkpoint, str]], compute: Compute | None) -> None:
-        """A task that fills the output tensor `key` from these tensors."""
-        specs = [source.tensors[source_key].spec for source, source_key in parts]
-        dtype = specs[0].dtype if compute is None else self.first.tensors[key].spec.dtype
+    def _add(self, key: str, parts: list[tuple[Checkpoint, tuple[Spot, ...]]], compute: Compute | None) -> None:
+        """The tasks that fill the output tensor `key` from these tensors: one, or one for each band."""
+        first = self.first.tensors[key].spec
+        dtype = parts[0][1][0].slot.spec.dtype if compute is None else first.dtype
         if self.settings.dtype != "keep" and dtype in ARITHMETIC:
             dtype = DTYPE_WORDS[self.settings.dtype]
-        if compute is None and dtype != specs[0].dtype:
+        simple = all(self._is_whole(key, first, source, spots) for source, spots in parts)
+        self.outputs[key] = TensorSpec(dtype, parts[0][1][0].shape if simple else first.shape)
+        if simple:
+            self._add_task(key, [(c, spots[0]) for c, spots in parts], Slot(key, self.outputs[key]), compute)
+            return
+        pieces = self.alignment.pieces(key)
+        cut = [(c, same_cut(spots, pieces)) for c, spots in parts]
+        for number, piece in enumerate(pieces):
+            slot = Slot(key, TensorSpec(dtype, piece.spec.shape), piece.bands)
+            self._add_task(key, [(c, spots[number]) for c, spots in cut], slot, compute)
+
+    def _is_whole(self, key: str, first: TensorSpec, source: Checkpoint, spots: tuple[Spot, ...]) -> bool:
+        """Is it one tensor, all of it, as it stands?"""
+        if spots[0].slot.key == key and spots[0].slot.bands is None:
+            return True
+        spot = spots[0]
+        stored = source.tensors[spot.slot.key].spec
+        return len(spots) == 1 and spot.slot.bands is None and not spot.transposed and stored.shape == first.shape
+
+    def _add_task(self, key: str, parts: list[tuple[Checkpoint, Spot]], slot: Slot, compute: Compute | None) -> None:
+        if compute is None and (slot.spec.dtype != parts[0][1].slot.spec.dtype or parts[0][1].transposed):
             compute = cast
-        self.outputs[key] = spec = TensorSpec(dtype, specs[0].shape)
         sources = [*self.opened, *([self.vae_file] if self.vae_file is not None else [])]
         elementwise = compute is not None and self.settings.method.grain is Grain.ROWS
+        grain = Grain.ROWS if compute in (None, cast) else self.settings.method.grain
+        whole = slot.bands is None and all(s.slot.bands is None and not s.transposed for _, s in parts)
+        turned = [n for n, (_, s) in enumerate(parts) if s.transposed]
         inputs = tuple(
-            Input(next(i for i, s in enumerate(sources) if s is source), Slot(k, p.flat() if elementwise else p))
-            for (source, k), p in zip(parts, specs, strict=True)
+            Input(
+                next(i for i, s in enumerate(sources) if s is source),
+                Slot(s.slot.key, s.slot.spec.flat()) if elementwise and whole else s.slot,
+            )
+            for source, s in parts
         )
-        task = Task(
-            key,
-            inputs,
-            (Slot(key, spec.flat() if elementwise else spec),),
-            compute,
-            Grain.ROWS if compute in (None, cast) else self.settings.method.grain,
-            work_nbytes=0
-            if compute is None
-            else self.settings.method.work_nbytes(len(parts), spec.values, flat=elementwise),
-        )
+        if turned and compute is not None:
+            compute, grain = _turning(compute, turned), Grain.TENSOR
+        flat = elementwise and whole
+        work = 0 if compute is None else self.settings.method.work_nbytes(len(parts), slot.spec.values, flat=flat)
+        out = Slot(key, slot.spec.flat()) if flat else slot
+        task = Task(key, inputs, (out,), compute, grain, work_nbytes=work)
         (self.copies if compute is None else self.merges).append(task)
 
     def _leave(self, number: int, key: str, reason: str, *, asked: bool) -> None:
@@ -420,7 +461,8 @@ class _Planner:
                     "merge the fp16, bf16 or fp32 release instead",
                 )
         for other in self.opened:
-            if other.tensors.keys().isdisjoint(self.first.tensors):
+            alike = self.alignment.counterparts(self.opened.index(other))
+            if other.tensors.keys().isdisjoint(self.first.tensors) and not alike:
                 raise MismatchError(
                     other.label,
                     f"has no tensor name in common with {self.first.label}: nothing to merge",
@@ -483,29 +525,42 @@ class _Planner:
                 raise MismatchError("--strict", text)
             self.warnings.append(text)
 
-    def _vae_from_file(self) -> dict[str, str]:
-        """The first model's VAE keys -> the keys of the --vae file that take their place."""
+    def _vae_from_file(self) -> dict[str, tuple[Spot, ...]]:
+        """The first model's VAE keys -> where the --vae file has what takes their place."""
         assert self.vae_file is not None
         label = self.vae_file.label
-        theirs = identify(self.vae_file.tensors).components
+        identity = identify(self.vae_file.tensors)
+        theirs = identity.components
         bodies = {body_of(key): key for key, component in theirs.items() if component == "vae"}
         wanted = [key for key, component in self.first_components.items() if component == "vae"]
         if not wanted:
             raise MismatchError(self.first.label, "holds no VAE that --vae could replace")
         if not bodies:
             raise MismatchError(label, "holds no VAE, expected a VAE or a checkpoint with one")
-        missing = [key for key in wanted if body_of(key) not in bodies]
+        self.alignment.add(-1, self.vae_file, identity)
+        replaced, missing = {}, []
+        for key in wanted:
+            spots = self._vae_spots(key, bodies)
+            if spots is None:
+                missing.append(key)
+            else:
+                replaced[key] = spots
         if missing:
             raise MismatchError(
                 label, f"lacks {len(missing)} of {len(wanted)} VAE tensors: {listing(missing)}",
-                "it may use another spelling of the names, or be of another architecture",
+                "it may be of another architecture",
             )  # fmt: skip
-        replaced = {key: bodies[body_of(key)] for key in wanted}
-        for key, other in replaced.items():
-            mine, its = self.first.tensors[key].spec, self.vae_file.tensors[other].spec
-            if mine.shape != its.shape:
-                raise MismatchError(label, f"tensor {quote(other)} is {its}, but {mine} in {self.first.label}")
-        used = set(replaced.values())
+        for key, spots in replaced.items():
+            mine = self.first.tensors[key].spec
+            whole = len(spots) == 1 and spots[0].slot.bands is None
+            if (
+                spots[0].shape != mine.shape
+                if whole and not self.alignment.pieces(key)
+                else not self._fits(key, mine, spots)
+            ):
+                its = spots[0].slot
+                raise MismatchError(label, f"tensor {quote(its.key)} is {its.spec}, but {mine} in {self.first.label}")
+        used = {spot.slot.key for spots in replaced.values() for spot in spots}
         for key in self.vae_file.tensors:
             if key not in used:
                 beside = theirs[key] != "vae"
@@ -513,6 +568,14 @@ class _Planner:
                 self.account.unused.append(Unused(key, label, reason, asked=beside))
         self.account.unused.extend(Unused(path, label, why, asked=True) for path, why in self.vae_file.left_out)
         return replaced
+
+    def _vae_spots(self, key: str, bodies: Mapping[str, str]) -> tuple[Spot, ...] | None:
+        assert self.vae_file is not None
+        other = bodies.get(body_of(key))
+        if other is None:
+            return self.alignment.find(-1, self.vae_file, key)
+        spec = self.vae_file.tensors[other].spec
+        return (Spot(Slot(other, spec), spec.shape),)
 
     def _account_for_the_rest(self) -> None:
         """Each key of each model that is neither read nor gone yet: why it is not used."""
@@ -531,16 +594,17 @@ class _Planner:
         if family in self.settings.drop:
             return f"--drop {family}", True
         chosen = self.chosen.get(family, "merge")
-        if chosen != "merge" and (model is self.first or key in self.first.tensors):
+        mine = self.alignment.counterparts(self.opened.index(model)).get(key, key)
+        if chosen != "merge" and (model is self.first or mine in self.first.tensors):
             whose = f"model {chosen}" if chosen.isdecimal() else "--vae"
             return f"the {_WORDS[family]} is taken from {whose}", True
-        if key not in self.first.tensors:
+        if mine not in self.first.tensors:
             return f"not in {self.first.label}", False
-        if key in self.kept:
+        if mine in self.kept:
             return f"kept from {self.first.label}", False
         if component in _COPIED:
             return f"the {component} is copied from {self.first.label}", True
-        return f"{self.first.tensors[key].spec.dtype} is not averaged: copied from {self.first.label}", True
+        return f"{self.first.tensors[mine].spec.dtype} is not averaged: copied from {self.first.label}", True
 
     def _warn(self) -> None:
         keys = [key for key, _ in self.account.kept if self.first_components[key] not in _TRAINING]
@@ -578,6 +642,15 @@ class _Planner:
             "on_mismatch": s.on_mismatch,
         }
         return recipe
+
+
+def _turning(compute: Compute, turned: Sequence[int]) -> Compute:
+    """The same, with these inputs transposed first."""
+
+    def compute_turned(inputs: Sequence[Tensor], outputs: Sequence[Tensor], block: Block) -> None:
+        compute([t.T.contiguous() if n in turned else t for n, t in enumerate(inputs)], outputs, block)
+
+    return compute_turned
 
 
 def _compute(settings: Settings) -> Compute:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import inspect
 import json
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -469,9 +470,9 @@ def test_a_pipeline_names_what_diffusers_and_transformers_have(name: str) -> Non
     for library, class_name in pipeline.classes.values():
         assert (library is None) == (class_name is None)
         assert library is None or hasattr(libraries[library], str(class_name))
-    expected, _ = getattr(diffusers, pipeline.class_name)._get_signature_types(), None
+    expected = set(inspect.signature(getattr(diffusers, pipeline.class_name).__init__).parameters) - {"self"}
     folders = {folder for folder, (library, _) in pipeline.classes.items() if library is not None}
-    assert set(pipeline.classes) | set(pipeline.settings) == set(expected) - {"trust_remote_code"}
+    assert set(pipeline.classes) | set(pipeline.settings) == expected
     assert {c.name for c in architecture.components} | {"scheduler"} | set(pipeline.tokenizers) == folders
     for component in architecture.components:
         config = NETWORKS.get(component.network).config

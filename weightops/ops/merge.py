@@ -410,8 +410,9 @@ class _Planner:
         if spots[0].slot.key == key and spots[0].slot.bands is None:
             return True
         spot = spots[0]
-        stored = source.tensors[spot.slot.key].spec
-        return len(spots) == 1 and spot.slot.bands is None and not spot.transposed and stored.shape == first.shape
+        if len(spots) > 1 or spot.transposed or any(p.bands is not None for p in self.alignment.pieces(key)):
+            return False
+        return spot.slot.bands is None and source.tensors[spot.slot.key].spec.shape == first.shape
 
     def _add_task(self, key: str, parts: list[tuple[Checkpoint, Spot]], slot: Slot, compute: Compute | None) -> None:
         if compute is None and (slot.spec.dtype != parts[0][1].slot.spec.dtype or parts[0][1].transposed):

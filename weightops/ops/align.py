@@ -1,4 +1,4 @@
-"""Where other models have the tensors of the first: under the same key, or, spelled otherwise, as the same canonical one."""
+"""Where other models have the tensors of the first: under its keys, or, spelled otherwise, by their canonical names."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Alignment:
         return tuple(mine.slot for _, mine in (self._pieces or {}).get(key, []))
 
     def counterparts(self, number: int) -> Mapping[str, str]:
-        """Keys of the model -> the key of the first that holds the same canonical tensor, where they are spelled apart."""
+        """Keys of the model -> the first's key that holds the same canonical tensor, where they are spelled apart."""
         mine = {name: key for key, found in (self._pieces or {}).items() for name, _ in found}
         view = self._views.get(number, {})
         return {found.slot.key: mine[name] for name, found in view.items() if name in mine}

@@ -14,6 +14,7 @@ from weightops.errors import FormatError, MismatchError, listing, quote
 from weightops.files.source import read
 from weightops.lora.dialects import MODEL, Beginning, beginning_of, ending_of
 from weightops.lora.family import FAMILIES, MODIFIERS, Family
+from weightops.lora.settings import SCALED, alpha_in, read_settings, whole_strength
 from weightops.lora.targets import Look, Target, resolve
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from weightops.files.tensor import TensorInfo
 
 Shape = tuple[int, ...]
+
+# Families, each with those of a module's parts that are its.
+Chosen = tuple[tuple[Family, frozenset[str]], ...]
 
 _INDEXED = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
 _EMBEDDING = re.compile(r"bundle_emb\..+|<.+>|emb_params|clip_[lg]")
@@ -170,17 +174,22 @@ def group(label: str, tensors: Mapping[str, TensorInfo]) -> AdapterFile:
             continue
         else:
             part, scheme, stem = ending.part, ending.scheme, key[: -len(ending.text)] + ending.body
-        beginning = beginning_of(stem)
-        body = stem[len(beginning.text) :]
-        _, _, parts = modules.setdefault(stem, (beginning, body, {}))
+        if stem not in modules:
+            begins = beginning_of(stem)
+            modules[stem] = begins, stem[len(begins.text) :], {}
+        beginning, _, parts = modules[stem]
         if part in parts:
             found.problems.append(Problem(key, f"says the same as {quote(parts[part])}"))
             continue
         parts[part] = key
         if part not in MODIFIERS:
             found.schemes[_dialect(beginning, scheme)] += 1
+    known: dict[frozenset[str], Chosen] = {}  # the modules of a file are much alike
     for name, (beginning, body, parts) in modules.items():
-        _families(found, name, beginning, body, parts, tensors)
+        own = frozenset(part for part in parts if part not in MODIFIERS)
+        if own not in known:
+            known[own] = _choose(own)
+        _families(found, name, beginning, body, parts, known[own], tensors)
     return found
 
 
@@ -193,18 +202,24 @@ def _dialect(beginning: Beginning, scheme: str) -> str:
     return beginning.dialect
 
 
+def _choose(own: frozenset[str]) -> Chosen:
+    """The families that these parts are of; each with the parts that are its."""
+    found = []
+    for _, family in FAMILIES:
+        mine = own & family.parts
+        if mine and (family.form(dict.fromkeys(mine)) is not None or not _claimed_elsewhere(family, mine, own)):
+            found.append((family, mine))
+    return tuple(found)
+
+
 def _families(
-    found: AdapterFile, name: str, beginning: Beginning, body: str, parts: dict[str, str],
+    found: AdapterFile, name: str, beginning: Beginning, body: str, parts: dict[str, str], families: Chosen,
     tensors: Mapping[str, TensorInfo],
 ) -> None:  # fmt: skip
     """Which family a module's parts are of; a difference of the bias may stand beside another family."""
     own = {part: key for part, key in parts.items() if part not in MODIFIERS}
     modifiers = {part: key for part, key in parts.items() if part in MODIFIERS}
-    chosen: list[tuple[Family, dict[str, str]]] = []
-    for _, family in FAMILIES:
-        mine = {part: key for part, key in own.items() if part in family.parts}
-        if mine and (family.form(mine) is not None or not _claimed_elsewhere(family, mine, own)):
-            chosen.append((family, mine))
+    chosen = [(family, {part: key for part, key in own.items() if part in mine}) for family, mine in families]
     taken = {part for _, mine in chosen for part in mine}
     if not chosen or taken != own.keys():
         lost = sorted(own.keys() - taken) or sorted(modifiers)
@@ -224,11 +239,10 @@ def _families(
         found.adapters.append(Adapter(name, beginning, body, family, keys, shapes))
 
 
-def _claimed_elsewhere(family: Family, mine: Mapping[str, str], own: Mapping[str, str]) -> bool:
+def _claimed_elsewhere(family: Family, mine: frozenset[str], own: frozenset[str]) -> bool:
     """Is what there is of this family a whole of another one?"""
-    return any(
-        other.name != family.name and set(mine) <= other.parts and other.form(own) is not None for _, other in FAMILIES
-    )
+    whole = dict.fromkeys(own)
+    return any(other.name != family.name and mine <= other.parts and other.form(whole) for _, other in FAMILIES)
 
 
 def _lacking(family: Family, parts: Mapping[str, str]) -> str:
@@ -292,7 +306,7 @@ def alphas(opened: Checkpoint, found: AdapterFile) -> dict[str, float | None]:
 
     From the alpha tensor, or else from diffusers' header or PEFT's adapter_config.json. Raises FormatError.
     """
-    settings = _settings(opened)
+    settings = read_settings(opened)
     values: dict[str, float | None] = {}
     for adapter in found.adapters:
         key = adapter.keys.get("alpha")
@@ -300,52 +314,24 @@ def alphas(opened: Checkpoint, found: AdapterFile) -> dict[str, float | None]:
             if math.prod(adapter.shapes["alpha"]) == 1:
                 values[adapter.name] = read_number(opened, key)
         elif values.get(adapter.name) is None:
-            values[adapter.name] = _from_settings(adapter, settings)
+            values[adapter.name] = _from_settings(adapter, settings, opened.label)
     return values
 
 
-def _settings(opened: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Component ("" for all) -> what PEFT's configuration says of it."""
-    found: dict[str, dict[str, Any]] = {}
-    text = opened.metadata.get("lora_adapter_metadata")
-    if text is not None:
-        import json
-
-        try:
-            flat = json.loads(text)
-        except (ValueError, RecursionError):
-            raise FormatError(opened.label, "'lora_adapter_metadata' in its header is no JSON") from None
-        if not isinstance(flat, dict):
-            raise FormatError(opened.label, "'lora_adapter_metadata' in its header is no object")
-        for key, value in flat.items():
-            component, _, name = key.partition(".")
-            found.setdefault(component, {})[name] = value
-    for component in opened.components or ("",):
-        config = opened.json_beside(f"{component}/adapter_config.json" if component else "adapter_config.json")
-        if config is not None:
-            found[component] = config
-    return found
-
-
-def _from_settings(adapter: Adapter, settings: Mapping[str, Mapping[str, Any]]) -> float | None:
+def _from_settings(adapter: Adapter, settings: Mapping[str, Mapping[str, Any]], label: str) -> float | None:
     config = settings.get(adapter.beginning.text.partition(".")[0])
     if adapter.beginning.dialect in ("peft", "bare") and config is None:
         config = settings.get("")
+    if config is None or adapter.family.name not in SCALED:
+        return None
     rank = adapter.rank
-    if config is None or rank is None or adapter.family.name not in ("lora", "loha", "lokr"):
-        return None
-    alpha = config.get("lora_alpha", config.get("alpha"))
-    pattern = config.get("alpha_pattern") or {}
-    if isinstance(pattern, dict):
-        alpha = next((value for key, value in pattern.items() if _is_named(adapter.body, key)), alpha)
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        return None
-    return alpha * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
-
-
-def _is_named(body: str, pattern: str) -> bool:
-    """PEFT's patterns are regular expressions over the end of a name; those in use are plain names."""
-    if pattern.startswith("^"):
-        return body == pattern[1:].replace("\\.", ".").rstrip("$")
-    plain = pattern.replace("\\.", ".").rstrip("$")
-    return body == plain or body.endswith("." + plain)
+    if rank is not None:
+        return alpha_in(config, adapter.body, rank, label)
+    # Whole factors of LoKr: PEFT alone divides alpha by a rank that they do not have.
+    if whole_strength(config, adapter.body, label) != 1.0:
+        raise FormatError(
+            label,
+            f"{quote(adapter.name)} has two whole LoKr factors, which PEFT alone gives a strength (alpha / r): "
+            "no other dialect can say so",
+        )
+    return None

@@ -7,9 +7,9 @@ each has ranks of its own. Knows names, shapes and bytes; no files, no devices.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightops.errors import MismatchError, quote
 from weightops.files.tensor import Slot, TensorSpec
@@ -38,6 +38,19 @@ class Source:
         """The slot of the whole rows that hold the part."""
         width = stored.shape[1:] if self.columns is not None else self.spec.shape[1:]
         return Slot(self.key, TensorSpec(self.spec.dtype, (*self.spec.shape[:1], *width)), self.bands)
+
+
+class Fill(NamedTuple):
+    """Where a source goes: from this row on, to these columns (None: all), times `strength` (None: as it is)."""
+
+    row: int
+    source: Source
+    columns: tuple[int, int] | None = None
+    strength: float | None = None
+
+
+# What fills a tensor; the rest of it is zero.
+Fills = tuple[Fill, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +89,7 @@ def take_apart(
     if len(target.names) == 1:
         if swapped:
             assert rows is not None
-            half = rows // 2
-            parts = cut_rows(parts, family, adapter.name, ((half, rows), (0, half)), rows, label)
+            parts = swapped_halves(parts, family, adapter.name, rows, label)
         return [Piece(component, target.names[0], family, parts, alpha, adapter.name)]
     if rows is None:
         raise MismatchError(label, f"{quote(adapter.name)} is a {adapter.label}, which cannot be taken apart by rows")
@@ -94,11 +106,14 @@ def take_apart(
         mine = cut_rows(parts, family, adapter.name, ((start, start + height),), rows, label)
         strength = alpha
         if columns is not None:
-            low, high = columns[number], columns[number + 1]
+            low, high = columns[number]
+            if low == high:  # rows of zeros, which change nothing
+                start += height
+                continue
             up, down = mine["up"], mine["down"]
             mine["up"] = replace(up, spec=TensorSpec(up.spec.dtype, (height, high - low)), columns=(low, high))
             mine["down"] = replace(down, spec=down.spec.with_rows(high - low), bands=((low, high),))
-            strength = None if alpha is None else scaled(alpha, high - low, columns[-1])
+            strength = None if alpha is None else scaled(alpha, high - low, parts["up"].spec.shape[1])
         pieces.append(Piece(component, name, family, mine, strength, adapter.name))
         start += height
     return pieces
@@ -133,6 +148,15 @@ def _swaps(rule: Rule, rows: int | None, features: int | None, adapter: Adapter,
             label, f"{quote(adapter.name)}: its halves may have to trade places, and its shapes do not tell"
         )
     return found
+
+
+def swapped_halves(
+    parts: Mapping[str, Source], family: Family, name: str, rows: int, label: str
+) -> dict[str, Source]:
+    """The parts of a weight whose halves trade places. A magnitude for each input stays: it asks for no order of rows."""
+    bands = ((rows // 2, rows), (0, rows // 2))
+    inward = {part: s for part, s in parts.items() if part == "dora_scale" and s.spec.rows == 1 and rows > 1}
+    return cut_rows({p: s for p, s in parts.items() if p not in inward}, family, name, bands, rows, label) | inward
 
 
 def cut_rows(
@@ -181,42 +205,54 @@ def _within(outer: Bands | None, inner: Bands) -> Bands:
 
 def _block_columns(
     parts: Mapping[str, Source], bands: Sequence[int], alpha: float | None, read: Callable[[str], Any]
-) -> list[int] | None:
-    """Where the blocks of a block-diagonal `up` begin and end, in columns; None where it is not block-diagonal."""
+) -> list[tuple[int, int]] | None:
+    """The columns of each band's own block in a block-diagonal `up`, none for rows of zeros; None: it is not such."""
     up = parts["up"].spec
-    rank, count = up.shape[1], len(bands)
-    if len(up.shape) != 2 or rank < count or "mid" in parts:
+    rank = up.shape[1]
+    if len(up.shape) != 2 or rank < 2 or not up.rows or "mid" in parts:
         return None
     values = read(parts["up"].key)
     if values[0].all():
         return None  # the first row meets every column: the parts share them
-    edges, found = [0], 0
-    used = []
+    used: list[tuple[int, int] | None] = []
+    start = 0
     for height in bands:
-        columns = values[found : found + height].any(axis=0).nonzero()[0]
+        columns = values[start : start + height].any(axis=0).nonzero()[0]
         used.append((int(columns[0]), int(columns[-1]) + 1) if len(columns) else None)
-        found += height
-    if rank % count == 0 and all(
-        u is None or (n * rank // count <= u[0] and u[1] <= (n + 1) * rank // count) for n, u in enumerate(used)
-    ):
-        edges = [n * rank // count for n in range(count + 1)]
-    else:
-        for n, u in enumerate(used):
-            if u is None or u[0] < edges[-1]:
-                return None
-            following = used[n + 1] if n + 1 < count else None
-            edges.append(rank if n + 1 == count else following[0] if following is not None else -1)
-            if edges[-1] < u[1]:
-                return None
-    if any(scaled(alpha, b - a, rank) is None for a, b in zip(edges, edges[1:], strict=False) if alpha is not None):
+        start += height
+    blocks = _equal_blocks(used, rank) or _own_blocks(used, rank, may_drop=not parts.keys() & {"bias", "dora_scale"})
+    if blocks is None or (alpha is not None and any(scaled(alpha, b - a, rank) is None for a, b in blocks if a < b)):
         return None  # shared, it stays exact
-    return edges
+    return blocks
+
+
+def _equal_blocks(used: Sequence[tuple[int, int] | None], rank: int) -> list[tuple[int, int]] | None:
+    """Equal shares of the columns, where the bands keep to them."""
+    share, odd = divmod(rank, len(used))
+    blocks = [(n * share, (n + 1) * share) for n in range(len(used))]
+    kept = all(u is None or (a <= u[0] and u[1] <= b) for u, (a, b) in zip(used, blocks, strict=True))
+    return blocks if kept and not odd else None
+
+
+def _own_blocks(used: Sequence[tuple[int, int] | None], rank: int, *, may_drop: bool) -> list[tuple[int, int]] | None:
+    """Blocks that follow each other; from the first column to the last, each as far as the next one begins."""
+    there = [u for u in used if u is not None]
+    if len(there) < 2 or (len(there) < len(used) and not may_drop):
+        return None
+    if any(b[0] < a[1] for a, b in zip(there, there[1:], strict=False)):
+        return None
+    edges = [0, *(u[0] for u in there[1:]), rank]
+    spans = iter(zip(edges, edges[1:], strict=False))
+    return [(0, 0) if u is None else next(spans) for u in used]
 
 
 def scaled(alpha: float, rank: int, of: int) -> float | None:
     """alpha · rank / of, where float32 holds it exactly."""
     found = alpha * rank / of
-    short = struct.unpack("<f", struct.pack("<f", found))[0]
+    try:
+        short = struct.unpack("<f", struct.pack("<f", found))[0]
+    except OverflowError:
+        return None
     return found if short == found and found * of == alpha * rank else None
 
 
@@ -227,11 +263,11 @@ def scaled(alpha: float, rank: int, of: int) -> float | None:
 class Joined:
     """Pieces written as one adapter of a packed module.
 
-    `parts`: part -> (spec of the whole, what fills it: (rows of the whole, columns or None, source), …). What is filled
-    by nothing is zero. folded: the pieces whose strengths differ, and are multiplied into their `up`.
+    parts: part -> (spec of the whole, what fills it). folded: the pieces whose strengths differ, and are multiplied
+    into their `up`.
     """
 
-    parts: Mapping[str, tuple[TensorSpec, tuple[tuple[int, tuple[int, int] | None, Source, float | None], ...]]]
+    parts: Mapping[str, tuple[TensorSpec, Fills]]
     alpha: float | None
     folded: int = 0
 
@@ -246,8 +282,8 @@ def join(
     """
     there = [p for p in pieces if p is not None]
     first = there[0]
-    if {p.family.name for p in there} != {first.family.name}:
-        raise MismatchError(label, f"{quote(module)} would join adapters of several families")
+    if len({frozenset(p.parts) for p in there}) > 1 or ("dora_scale" in first.parts and len(there) < len(pieces)):
+        raise MismatchError(label, f"{quote(module)} would join adapters of different parts")
     heights_ = [_height(p) if p is not None else h for p, h in zip(pieces, rows, strict=True)]
     if any(h is None for h in heights_):
         raise MismatchError(
@@ -257,15 +293,14 @@ def join(
         )
     starts = [sum(h or 0 for h in heights_[:n]) for n in range(len(heights_))]
     total = sum(h or 0 for h in heights_)
-    if len({frozenset(p.parts) for p in there}) > 1 or ("dora_scale" in first.parts and len(there) < len(pieces)):
-        raise MismatchError(label, f"{quote(module)} would join adapters of different parts")
     cut = set(first.family.rows) | {"dora_scale"}
     shared = [part for part in first.parts if part not in cut]
-    alike = all(
+    alike = "hada_t1" not in first.parts and all(
         p.alpha == first.alpha and all(same(first.parts[part], p.parts[part]) for part in shared) for p in there[1:]
     )
+    _check_rows(there, cut if alike else set(first.parts), label, module)
     if alike:
-        return _stacked(pieces, starts, total, cut, first)
+        return _stacked(pieces, starts, total, cut, label, module)
     if first.family.name != "lora" or "mid" in first.parts:
         raise MismatchError(
             label,
@@ -275,6 +310,16 @@ def join(
     return _diagonal(pieces, starts, total)
 
 
+def _check_rows(pieces: Sequence[Piece], parts: Iterable[str], label: str, module: str) -> None:
+    """Rows of one tensor have one dtype and one width; the columns of `up` are each piece's own."""
+    for part in parts:
+        specs = {(p.parts[part].spec.dtype, p.parts[part].spec.shape[1:]) for p in pieces if part in p.parts}
+        if part == "up":
+            specs = {(dtype, shape[1:]) for dtype, shape in specs}
+        if len(specs) > 1:
+            raise MismatchError(label, f"{quote(module)} would join tensors ({part}) whose dtypes or widths differ")
+
+
 def _height(piece: Piece) -> int | None:
     if piece.family.uniform_rows:
         shape = piece.family.shape({part: source.spec.shape for part, source in piece.parts.items()})
@@ -282,56 +327,61 @@ def _height(piece: Piece) -> int | None:
     return next((piece.parts[part].spec.rows for part in piece.family.rows if part in piece.parts), None)
 
 
-def _stacked(pieces: Sequence[Piece | None], starts: Sequence[int], total: int, cut: set[str], first: Piece) -> Joined:
+def _stacked(
+    pieces: Sequence[Piece | None], starts: Sequence[int], total: int, cut: set[str], label: str, module: str
+) -> Joined:
     """Pieces that share all but their rows."""
-    parts: dict[str, Any] = {}
+    first = next(p for p in pieces if p is not None)
+    parts: dict[str, tuple[TensorSpec, Fills]] = {}
     height = _height(first) or 1
     for part, source in first.parts.items():
         if part not in cut:
-            parts[part] = source.spec, ((0, None, source, None),)
+            parts[part] = source.spec, (Fill(0, source),)
             continue
+        # A row of LoKr's first factor stands for as many as the second one has, which they share.
         step = height // source.spec.rows if part != "dora_scale" else 1
-        fill = tuple(
-            (start // step, None, piece.parts[part], None)
-            for piece, start in zip(pieces, starts, strict=True)
-            if piece is not None
-        )
-        parts[part] = source.spec.with_rows(total // step), fill
+        if any(start % step for start in (*starts, total)):
+            raise MismatchError(label, f"{quote(module)}: rows that no adapter changes are no multiple of {step}")
+        fills = (Fill(s // step, p.parts[part]) for p, s in zip(pieces, starts, strict=True) if p is not None)
+        parts[part] = source.spec.with_rows(total // step), tuple(fills)
     return Joined(parts, first.alpha)
 
 
 def _diagonal(pieces: Sequence[Piece | None], starts: Sequence[int], total: int) -> Joined:
     """`down` stacked and `up` block-diagonal: the rank is the sum, and alpha grows with it."""
     there = [(p, start) for p, start in zip(pieces, starts, strict=True) if p is not None]
-    ranks = [p.parts["down"].spec.rows for p, _ in there]
-    rank = sum(ranks)
+    alpha, folds = _one_strength([p for p, _ in there])
     first = there[0][0]
-    alpha: float | None = None
-    folds: list[float | None] = [None] * len(there)
-    # Equal strengths, compared without a division.
-    equal = all(
-        (p.alpha is None) == (first.alpha is None)
-        and (p.alpha is None or first.alpha is None or p.alpha * ranks[0] == first.alpha * r)
-        for (p, _), r in zip(there, ranks, strict=True)
-    )
-    if equal and first.alpha is not None:
-        alpha = scaled(first.alpha, rank, ranks[0])
-    if not equal or (first.alpha is not None and alpha is None):
-        folds = [None if p.alpha is None else p.alpha / r for (p, _), r in zip(there, ranks, strict=True)]
-    up, down = first.parts["up"].spec, first.parts["down"].spec
-    fills: dict[str, list[tuple[int, tuple[int, int] | None, Source, float | None]]] = {"up": [], "down": []}
+    rank = sum(p.parts["down"].spec.rows for p, _ in there)
+    ups, downs = [], []
     column = 0
-    for (piece, start), r, fold in zip(there, ranks, folds, strict=True):
-        fills["up"].append((start, (column, column + r), piece.parts["up"], fold))
-        fills["down"].append((column, None, piece.parts["down"], None))
-        column += r
-    parts: dict[str, Any] = {
-        "up": (TensorSpec(up.dtype, (total, rank, *up.shape[2:])), tuple(fills["up"])),
-        "down": (down.with_rows(rank), tuple(fills["down"])),
+    for (piece, start), fold in zip(there, folds, strict=True):
+        up, down = piece.parts["up"], piece.parts["down"]
+        ups.append(Fill(start, up, (column, column + down.spec.rows), fold))
+        downs.append(Fill(column, down))
+        column += down.spec.rows
+    up_spec, down_spec = first.parts["up"].spec, first.parts["down"].spec
+    parts: dict[str, tuple[TensorSpec, Fills]] = {
+        "up": (TensorSpec(up_spec.dtype, (total, rank, *up_spec.shape[2:])), tuple(ups)),
+        "down": (down_spec.with_rows(rank), tuple(downs)),
     }
     for part in ("bias", "dora_scale"):
         if part in first.parts:
             strengths = folds if part == "bias" else [None] * len(there)
-            fill = tuple((start, None, p.parts[part], f) for (p, start), f in zip(there, strengths, strict=True))
-            parts[part] = first.parts[part].spec.with_rows(total), fill
+            fills = tuple(Fill(start, p.parts[part], None, f) for (p, start), f in zip(there, strengths, strict=True))
+            parts[part] = first.parts[part].spec.with_rows(total), fills
     return Joined(parts, alpha, sum(f is not None for f in folds))
+
+
+def _one_strength(pieces: Sequence[Piece]) -> tuple[float | None, list[float | None]]:
+    """The alpha of them all together where their strengths are equal; else none, and what each is multiplied by."""
+    ranks = [p.parts["down"].spec.rows for p in pieces]
+    alphas = [float(r) if p.alpha is None else p.alpha for p, r in zip(pieces, ranks, strict=True)]
+    # Compared without a division.
+    equal = all(a * ranks[0] == alphas[0] * r for a, r in zip(alphas, ranks, strict=True))
+    if equal and all(p.alpha is None for p in pieces):
+        return None, [None] * len(pieces)
+    alpha = scaled(alphas[0], sum(ranks), ranks[0]) if equal else None
+    if alpha is not None:
+        return alpha, [None] * len(pieces)
+    return None, [None if a == r else a / r for a, r in zip(alphas, ranks, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -124,9 +125,13 @@ def _fit(network: Network, looks: Sequence[Look], numbers: Sequence[int]) -> _Fi
     best: tuple[Table, dict[int, tuple[Claim, str]]] | None = None
     allowed = int(len(numbers) * (1 - _KNOWN))
     tables = network.tables().values()
+    firsts = Counter(_first_word(looks[n]) for n in numbers)
     for table in tables:
         claims: dict[int, tuple[Claim, str]] = {}
-        for n in numbers:
+        strange = sum(count for (flat, word), count in firsts.items() if not _begins(table, flat, word))
+        if best is not None and len(numbers) - strange <= len(best[1]):
+            continue
+        for n in numbers if strange < len(numbers) else ():
             claim = claim_of(table, looks[n])
             if claim is not None:
                 claims[n] = claim, table.spelling
@@ -149,12 +154,24 @@ def _fit(network: Network, looks: Sequence[Look], numbers: Sequence[int]) -> _Fi
             row = row_of(f"{name}.weight", network.needs)
             if row is not None and shape is not None and not looks[n].flat and not _agrees(shape, row):
                 return None
-            wanted = [r for v in network.variants if (r := row_of(f"{name}.weight", v.shapes)) is not None]
-            shapes.append((f"{name}.weight", _as_wanted(shape, wanted, looks[n].flat)))
+            if looks[n].flat and shape is not None:
+                shape = _as_wanted(shape, [row_of(f"{name}.weight", v.shapes) for v in network.variants])
+            shapes.append((f"{name}.weight", shape))
     fitting = [v for v in network.variants if fits(v, shapes)]
     complete = any(_is_complete(v, {name for name, _ in shapes}) for v in fitting)
     variant = variant_of(network, shapes, whole=False)
     return _Fit(network, table, claims, len(numbers) - len(claims), bool(fitting), complete, variant)
+
+
+def _first_word(look: Look) -> tuple[bool, str]:
+    flat = look.beginning.flat
+    return flat, look.body.partition("_" if flat else ".")[0]
+
+
+def _begins(table: Table, flat: bool, word: str) -> bool:
+    """Does any name of this table begin so?"""
+    heads = table.flat_heads if flat else table.heads
+    return word in heads or "{}" in heads
 
 
 def _is_complete(variant: Variant, names: set[str]) -> bool:
@@ -186,13 +203,11 @@ def _agrees(shape: Shape, row: tuple[int | None, ...]) -> bool:
     return len(row) == len(shape) and all(w is None or s in (w, -1) for w, s in zip(row, shape, strict=True))
 
 
-def _as_wanted(shape: Shape | None, wanted: Sequence[tuple[int | None, ...]], flat: bool) -> Shape | None:
+def _as_wanted(shape: Shape, wanted: Sequence[tuple[int | None, ...] | None]) -> Shape:
     """A flattened convolution's shape, as the table has it, where the two hold equally many values."""
-    if shape is None or not flat:
-        return shape
     for row in wanted:
-        whole = tuple(w for w in row if w is not None)
-        if len(whole) == len(row) and row and row[0] == shape[0] and math.prod(whole) == math.prod(shape):
+        whole = tuple(w for w in row or () if w is not None)
+        if row and len(whole) == len(row) and row[0] == shape[0] and math.prod(whole) == math.prod(shape):
             return whole
     return shape
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from weightops.registry import Registry
 
@@ -90,6 +91,19 @@ class Spelling:
     extras: tuple[str, ...] = ()
 
 
+class Sizes(dict[str, tuple[int | None, ...]]):
+    """The shapes of tensors, None for any size of an axis, by templates of their names."""
+
+    @functools.cached_property
+    def _templates(self) -> _Lookup[tuple[int | None, ...]]:
+        return _Lookup(".", self.items())
+
+    def row(self, name: str) -> tuple[int | None, ...] | None:
+        """The shape that a tensor of this name should have, None where nothing is said of it."""
+        found = self._templates.match(name) if self else None
+        return None if found is None else found[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """One released size of a network: shapes of some canonical tensors (None: any), and how many of a block.
@@ -103,6 +117,9 @@ class Variant:
     counts: Mapping[str, int] = field(default_factory=dict)
     has: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shapes", Sizes(self.shapes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +204,9 @@ class Network:
     canonical: str = "diffusers"
     has: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needs", Sizes(self.needs))
+
     def tables(self) -> Mapping[str, Table]:
         """Every spelling, compiled, the canonical one included."""
         return _tables(self.name)
@@ -264,9 +284,18 @@ _SIDECARS = re.compile(
 )
 
 
-class _Entry(NamedTuple):
-    rule: Rule
-    names: tuple[str, ...]
+# A number is a whole word: 007 is none that any file writes, and ² is none at all. In a template {} is one as well.
+_NUMBERS = {
+    ".": re.compile(r"(?<![^.])(0|[1-9][0-9]*)(?![^.])"),
+    "_": re.compile(r"(?<![^_])(0|[1-9][0-9]*)(?![^_])"),
+}
+_PLACES = {
+    ".": re.compile(r"(?<![^.])(0|[1-9][0-9]*|\{\})(?![^.])"),
+    "_": re.compile(r"(?<![^_])(0|[1-9][0-9]*|\{\})(?![^_])"),
+}
+_DIGITS = re.compile(r"[0-9]+")
+
+T = TypeVar("T")
 
 
 class Table:
@@ -277,40 +306,75 @@ class Table:
         self.spelling = spelling
         self.rules = tuple(rules)
         self._extras = frozenset(extras)
-        self._dotted: dict[bool, _Lookup] = {True: _Lookup("."), False: _Lookup(".")}
-        self._flat = _Lookup("_")
-        self._flat_tensors = _Lookup("_")
         self._squashed: dict[str, list[tuple[re.Pattern[str], Rule, str]]] | None = None
-        self._written = _Lookup(".")
-        self._written_tensors = _Lookup(".")
+        _refuse_twins(f"{network}, {spelling}", (r.key for r in self.rules if not r.exact))
+        _refuse_twins(f"{network}, {spelling}", (r.key for r in self.rules if r.exact))
+        _refuse_twins(f"{network}, {spelling}, flattened", (key for key, _ in self._flattened(exact=False)))
+        _refuse_twins(f"{network}, {spelling}, flattened", (key for key, _ in self._flattened(exact=True)))
+
+    def _flattened(self, *, exact: bool) -> Iterator[tuple[str, Rule]]:
+        """kohya's names of modules; of whole tensors those of a weight, as the norm that LoRA files mean."""
         for rule in self.rules:
-            self._dotted[rule.exact].add(rule.key, rule, f"{network}, {spelling}")
-            if rule.exact:
-                stem, _, leaf = rule.key.rpartition(".")
-                if leaf == "weight":  # the module of a norm, as LoRA files name it
-                    self._flat_tensors.add(stem.replace(".", "_"), rule, f"{network}, {spelling}, flattened")
-            else:
-                self._flat.add(rule.key.replace(".", "_"), rule, f"{network}, {spelling}, flattened")
-            written = self._written_tensors if rule.exact else self._written
-            for name in rule.names:
-                written.add(name, rule, "", first=True)
+            if rule.exact is exact and (not exact or rule.key.endswith(".weight")):
+                yield (rule.key.removesuffix(".weight") if exact else rule.key).replace(".", "_"), rule
+
+    # Compiled when first asked for: most tables are looked at once, to see that a file is not theirs.
+
+    @functools.cached_property
+    def heads(self) -> frozenset[str]:
+        """The first words of all that this table knows; "{}" where that may be a number."""
+        return frozenset(key.partition(".")[0] for key in (*(r.key for r in self.rules), *self._extras))
+
+    @functools.cached_property
+    def flat_heads(self) -> frozenset[str]:
+        return frozenset(r.key.replace(".", "_").partition("_")[0] for r in self.rules)
+
+    @functools.cached_property
+    def _modules(self) -> _Lookup[Rule]:
+        return _Lookup(".", ((rule.key, rule) for rule in self.rules if not rule.exact))
+
+    @functools.cached_property
+    def _tensors(self) -> _Lookup[Rule]:
+        return _Lookup(".", ((rule.key, rule) for rule in self.rules if rule.exact))
+
+    @functools.cached_property
+    def _tensor_leaves(self) -> frozenset[str]:
+        return frozenset(rule.key.rpartition(".")[2] for rule in self.rules if rule.exact)
+
+    @functools.cached_property
+    def _flat_modules(self) -> _Lookup[Rule]:
+        return _Lookup("_", self._flattened(exact=False))
+
+    @functools.cached_property
+    def _flat_tensors(self) -> _Lookup[Rule]:
+        return _Lookup("_", self._flattened(exact=True))
+
+    @functools.cached_property
+    def _written_modules(self) -> _Lookup[Rule]:
+        return _Lookup(".", ((name, rule) for rule in self.rules if not rule.exact for name in rule.names))
+
+    @functools.cached_property
+    def _written_tensors(self) -> _Lookup[Rule]:
+        return _Lookup(".", ((name, rule) for rule in self.rules if rule.exact for name in rule.names))
 
     def claim(self, key: str) -> Claim | None:
         """What the tensor `key` is, or None."""
-        found = self._dotted[True].find(key)
-        if found is not None:
-            return Claim(found.rule, found.names, "")
         stem, _, leaf = key.rpartition(".")
-        if leaf in LEAVES:
-            found = self._dotted[False].find(stem)
+        # Few tensors are known by their whole names; the last word rules most keys out.
+        if leaf in self._tensor_leaves or "{}" in self._tensor_leaves:
+            found = _find(self._tensors, key)
             if found is not None:
-                return Claim(found.rule, tuple(f"{n}.{leaf}" for n in found.names), leaf)
+                return Claim(*found, "")
+        if leaf in LEAVES:
+            found = _find(self._modules, stem, "." + leaf)
+            if found is not None:
+                return Claim(*found, leaf)
         sidecar = _SIDECARS.search(key)
         if sidecar is not None:
             suffix = sidecar.group()
-            found = self._dotted[False].find(key[: -len(suffix)])
+            found = _find(self._modules, key[: -len(suffix)], suffix)
             if found is not None:
-                return Claim(found.rule, tuple(n + suffix for n in found.names), "", suffix)
+                return Claim(*found, "", suffix)
         return None
 
     def is_extra(self, key: str) -> bool:
@@ -318,23 +382,17 @@ class Table:
 
     def module(self, name: str) -> Claim | None:
         """What the module `name` is: as `claim`, without a leaf. A norm known by its tensor alone counts too."""
-        found = self._dotted[False].find(name)
+        found = _find(self._modules, name)
         if found is None:
-            exact = self._dotted[True].find(name + ".weight")
-            if exact is None or not all(n.endswith(".weight") for n in exact.names):
-                return None
-            found = _Entry(exact.rule, tuple(n.removesuffix(".weight") for n in exact.names))
-        return Claim(found.rule, found.names, "")
+            found = _of_weights(_find(self._tensors, name + ".weight"))
+        return None if found is None else Claim(*found, "")
 
     def flattened(self, name: str) -> Claim | None:
         """What kohya's underscored module name is."""
-        found = self._flat.find(name)
-        if found is not None:
-            return Claim(found.rule, found.names, "")
-        found = self._flat_tensors.find(name)
-        if found is None or not all(n.endswith(".weight") for n in found.names):
-            return None
-        return Claim(found.rule, tuple(n.removesuffix(".weight") for n in found.names), "")
+        found = _find(self._flat_modules, name)
+        if found is None:
+            found = _of_weights(_find(self._flat_tensors, name))
+        return None if found is None else Claim(*found, "")
 
     def squashed(self, key: str) -> Claim | None:
         """What the key of an LDM average is, from which all dots were removed."""
@@ -343,7 +401,7 @@ class Table:
             for rule in self.rules:
                 for leaf in ("",) if rule.exact else LEAVES:
                     text = (rule.key + leaf).replace(".", "")
-                    pattern = re.compile(re.escape(text).replace(r"\{\}", r"(\d+)"))
+                    pattern = re.compile(re.escape(text).replace(r"\{\}", "([0-9]+)"))
                     self._squashed.setdefault(_letters(text.replace("{}", "0")), []).append((pattern, rule, leaf))
         for pattern, rule, leaf in self._squashed.get(_letters(key), ()):
             match = pattern.fullmatch(key)
@@ -360,7 +418,7 @@ class Table:
             return rule, _fill(rule.key, numbers), tuple(_fill(n, numbers) for n in rule.names)
         sidecar = _SIDECARS.search(name)
         stem, leaf = (name[: sidecar.start()], sidecar.group()) if sidecar else _parted(name)
-        found = self._written.match(stem) if leaf else None
+        found = self._written_modules.match(stem) if leaf else None
         if found is None:
             return None
         rule, numbers = found
@@ -368,7 +426,7 @@ class Table:
 
     def spelled_module(self, name: str) -> tuple[Rule, str, tuple[str, ...]] | None:
         """How this table writes the canonical module `name`: (rule, module, the modules that it packs), or None."""
-        found = self._written.match(name)
+        found = self._written_modules.match(name)
         if found is not None:
             rule, numbers = found
             return rule, _fill(rule.key, numbers), tuple(_fill(n, numbers) for n in rule.names)
@@ -385,67 +443,77 @@ def _parted(name: str) -> tuple[str, str]:
 
 
 def _letters(text: str) -> str:
-    return re.sub(r"\d+", "#", text)
+    return _DIGITS.sub("#", text)
 
 
 def _fill(template: str, numbers: Sequence[str]) -> str:
     return template.format(*numbers) if numbers else template
 
 
-class _Lookup:
-    """Templates by their words; of the numbers in a name some are fixed by the template, the others are free."""
-
-    def __init__(self, separator: str) -> None:
-        self.separator = separator
-        # words with every number as # -> the places of the fixed numbers -> these numbers -> (template, rule)
-        self._forms: dict[str, dict[tuple[int, ...], dict[tuple[str, ...], tuple[str, Rule]]]] = {}
-
-    def add(self, template: str, rule: Rule, where: str, *, first: bool = False) -> None:
-        """Raises ValueError when two templates are one, unless the `first` is to stay."""
-        form, numbers = _normal(template.replace("{}", "0"), self.separator)
-        _, marked = _normal(template, self.separator, placeholder=True)
-        fixed = tuple(place for place, number in enumerate(marked) if number != "{}")
-        held = self._forms.setdefault(form, {}).setdefault(fixed, {})
-        literal = tuple(numbers[place] for place in fixed)
-        if literal in held:
-            if first:
-                return
-            raise ValueError(f"{where}: {template!r} and {held[literal][0]!r} are one name")
-        held[literal] = (template, rule)
-        # The name in which more numbers are fixed is the more particular one, and is tried first.
-        self._forms[form] = dict(sorted(self._forms[form].items(), key=lambda item: -len(item[0])))
-
-    def match(self, name: str) -> tuple[Rule, tuple[str, ...]] | None:
-        """The rule, and the numbers that fill its placeholders."""
-        form, numbers = _normal(name, self.separator)
-        for fixed, held in self._forms.get(form, {}).items():
-            found = held.get(tuple(numbers[place] for place in fixed))
-            if found is not None:
-                free = tuple(n for place, n in enumerate(numbers) if place not in fixed)
-                return found[1], free
+def _find(lookup: _Lookup[Rule], name: str, leaf: str = "") -> tuple[Rule, tuple[str, ...]] | None:
+    """The rule of a name, and the names that it stands for, with `leaf` hung on each."""
+    found = lookup.match(name)
+    if found is None:
         return None
+    rule, numbers = found
+    return rule, tuple([_fill(n, numbers) + leaf for n in rule.names])
 
-    def find(self, name: str) -> _Entry | None:
-        found = self.match(name)
-        if found is None:
-            return None
-        rule, numbers = found
-        return _Entry(rule, tuple(_fill(n, numbers) for n in rule.names))
+
+def _of_weights(found: tuple[Rule, tuple[str, ...]] | None) -> tuple[Rule, tuple[str, ...]] | None:
+    """The modules of these tensors, if all of them are a module's weight."""
+    if found is None or not all(n.endswith(".weight") for n in found[1]):
+        return None
+    return found[0], tuple(n.removesuffix(".weight") for n in found[1])
+
+
+def _refuse_twins(where: str, templates: Iterable[str]) -> None:
+    """Raises ValueError when two templates are one."""
+    counted = Counter(templates)
+    twins = [template for template, count in counted.items() if count > 1]
+    if twins:
+        raise ValueError(f"{where}: {twins[0]!r} stands for two rules")
+
+
+class _Lookup(Generic[T]):
+    """Templates by their words; of the numbers in a name some are fixed by the template, the others are free.
+
+    Of several entries for one template the first stays.
+    """
+
+    def __init__(self, separator: str, entries: Iterable[tuple[str, T]]) -> None:
+        self.separator = separator
+        # what stands between the numbers -> places of the fixed numbers, of the free ones, these numbers -> entry
+        self._forms: dict[tuple[str, ...], list[tuple[tuple[int, ...], tuple[int, ...], dict[tuple[str, ...], T]]]] = {}
+        split = _PLACES[separator].split
+        for template, entry in entries:
+            parts = split(template)
+            numbers = parts[1::2]
+            fixed = tuple([place for place, number in enumerate(numbers) if number != "{}"])
+            literal = tuple([numbers[place] for place in fixed])
+            forms = self._forms.setdefault(tuple(parts[::2]), [])
+            held = next((found for places, _, found in forms if places == fixed), None)
+            if held is None:
+                free = tuple([place for place, number in enumerate(numbers) if number == "{}"])
+                forms.append((fixed, free, held := {}))
+                # The name in which more numbers are fixed is the more particular one, and is tried first.
+                forms.sort(key=lambda form: -len(form[0]))
+            held.setdefault(literal, entry)
+
+    def match(self, name: str) -> tuple[T, tuple[str, ...]] | None:
+        """The entry of a name, and the numbers that fill its placeholders."""
+        words, numbers = _split(name, self.separator)
+        for fixed, free, held in self._forms.get(words, ()):
+            found = held.get(tuple([numbers[place] for place in fixed]))
+            if found is not None:
+                return found, tuple([numbers[place] for place in free])
+        return None
 
 
 @functools.lru_cache(maxsize=1 << 15)
-def _normal(name: str, separator: str, placeholder: bool = False) -> tuple[str, tuple[str, ...]]:
-    """The words of a name with every number as #, and the numbers."""
-    words, numbers = [], []
-    for word in name.split(separator):
-        # 007 is no number that any file writes, and ² is none at all.
-        number = (word.isascii() and word.isdigit() and (word == "0" or word[0] != "0")) or (
-            placeholder and word == "{}"
-        )
-        words.append("#" if number else word)
-        if number:
-            numbers.append(word)
-    return separator.join(words), tuple(numbers)
+def _split(name: str, separator: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What stands between the numbers of a name, and the numbers: whole words that are numbers as files write them."""
+    parts = _NUMBERS[separator].split(name)
+    return tuple(parts[::2]), tuple(parts[1::2])
 
 
 @functools.cache

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from weightops.naming.keymap import NETWORKS, Claim, Network, Table, Variant, heights
+from weightops.naming.keymap import NETWORKS, Claim, Network, Sizes, Table, Variant, heights
 
 Shape = tuple[int, ...]
 
@@ -42,6 +41,7 @@ def recognise(shapes: Mapping[str, Shape | None], roles: Iterable[str]) -> Match
     Names decide; shapes only where several networks have the names. A network with fewer unknown names wins.
     """
     wanted = frozenset(roles)
+    heads = Counter(name.partition(".")[0] for name in shapes)
     found: dict[int, list[tuple[Network, str, dict[str, Claim], list[str]]]] = {}
     allowed = STRANGERS if len(shapes) > 10 * STRANGERS else 0
     for _, network in NETWORKS:
@@ -49,6 +49,8 @@ def recognise(shapes: Mapping[str, Shape | None], roles: Iterable[str]) -> Match
             continue
         best: tuple[str, dict[str, Claim], list[str]] | None = None
         for spelling, table in network.tables().items():
+            if sum(heads[head] for head in heads.keys() - table.heads) > allowed and "{}" not in table.heads:
+                continue
             claims, strangers = _claims(table, shapes, allowed)
             if len(strangers) <= allowed and claims and (best is None or len(strangers) < len(best[2])):
                 best = spelling, claims, strangers
@@ -61,8 +63,9 @@ def recognise(shapes: Mapping[str, Shape | None], roles: Iterable[str]) -> Match
         canonical = canonical_shapes(claims, shapes)
         if all(agrees(name, shape, network.needs) for name, shape in canonical):
             candidates.append((network, spelling, tuple(strangers), canonical))
-    fitting = [c for c in candidates if any(fits(v, c[3]) for v in c[0].variants)]
-    chosen = candidates if len(candidates) == 1 else fitting
+    chosen = candidates
+    if len(candidates) > 1:
+        chosen = [c for c in candidates if any(fits(v, c[3]) for v in c[0].variants)]
     if len(chosen) != 1:
         return Unsure(tuple(sorted(c[0].name for c in (chosen or candidates))))
     network, spelling, strangers_, canonical = chosen[0]
@@ -108,29 +111,38 @@ def canonical_shapes(claims: Mapping[str, Claim], shapes: Mapping[str, Shape | N
 def agrees(name: str, shape: Shape | None, wanted: Mapping[str, tuple[int | None, ...]]) -> bool:
     """Does the shape contradict none that its name should have?"""
     row = row_of(name, wanted)
-    if row is None or shape is None:
-        return True
+    return row is None or shape is None or _meets(shape, row)
+
+
+def _meets(shape: Shape, row: tuple[int | None, ...]) -> bool:
     # A factor of a LoRA of unknown rank is written as -1.
     return len(row) == len(shape) and all(w is None or s in (w, -1) for w, s in zip(row, shape, strict=True))
 
 
 def fits(variant: Variant, canonical: Iterable[tuple[str, Shape | None]]) -> bool:
     """Does every tensor that the variant speaks of have its shape and number, and is there at least one?"""
-    checked = 0
+    return _spoken_of(variant, canonical)[1] > 0
+
+
+def _spoken_of(variant: Variant, canonical: Iterable[tuple[str, Shape | None]]) -> tuple[int, int]:
+    """Of how many tensors the variant speaks, and how many of these have its shape: none, if one has another."""
+    counts = [(*template.partition("{}")[::2], count) for template, count in variant.counts.items()]
+    beginnings = tuple(before for before, _, _ in counts)
+    named = checked = 0
     for name, shape in canonical:
         row = row_of(name, variant.shapes)
-        if row is not None and shape is not None:
-            if not agrees(name, shape, variant.shapes):
-                return False
-            checked += 1
-        for template, count in variant.counts.items():
-            before, _, after = template.partition("{}")
-            if name.startswith(before):
-                number = name[len(before) :].partition(".")[0]
-                if number.isdigit() and name[len(before) + len(number) :].startswith(after):
-                    if int(number) >= count:
-                        return False
-    return checked > 0
+        if row is not None:
+            named += 1
+            if shape is not None:
+                if not _meets(shape, row):
+                    return named, 0
+                checked += 1
+        if name.startswith(beginnings):
+            for before, after, count in counts:
+                number = name[len(before) :].partition(".")[0] if name.startswith(before) else ""
+                if number.isdecimal() and name.startswith(after, len(before) + len(number)) and int(number) >= count:
+                    return named, 0
+    return named, checked
 
 
 def variant_of(network: Network, canonical: Iterable[tuple[str, Shape | None]], *, whole: bool = True) -> str | None:
@@ -141,8 +153,9 @@ def variant_of(network: Network, canonical: Iterable[tuple[str, Shape | None]], 
     for variant in network.variants:
         if whole and not (names.issuperset(variant.has) and names.isdisjoint(variant.lacks)):
             continue
-        if fits(variant, listed):
-            found.append((sum(row_of(n, variant.shapes) is not None for n, _ in listed), variant.name))
+        named, checked = _spoken_of(variant, listed)
+        if checked:
+            found.append((named, variant.name))
     if not found:
         return None
     most = Counter(n for n, _ in found)
@@ -152,29 +165,4 @@ def variant_of(network: Network, canonical: Iterable[tuple[str, Shape | None]], 
 
 def row_of(name: str, wanted: Mapping[str, tuple[int | None, ...]]) -> tuple[int | None, ...] | None:
     """The shape that a table of templates gives the name."""
-    found = wanted.get(name)
-    if found is None and wanted:
-        alike = _alike(tuple(wanted)).get(_template(name), ())
-        found = next((wanted[template] for template in alike if _is_like(name, template)), None)
-    return found
-
-
-@functools.lru_cache(maxsize=1 << 8)
-def _alike(templates: tuple[str, ...]) -> Mapping[str, list[str]]:
-    """The templates that differ only in which numbers they fix, those that fix more first."""
-    found: dict[str, list[str]] = {}
-    for template in sorted((t for t in templates if "{}" in t), key=lambda t: t.count("{}")):
-        found.setdefault(_template(template), []).append(template)
-    return found
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _template(name: str) -> str:
-    return ".".join("{}" if word.isdigit() else word for word in name.split("."))
-
-
-def _is_like(name: str, template: str) -> bool:
-    words, wanted = name.split("."), template.split(".")
-    return len(words) == len(wanted) and all(
-        w == "{}" and word.isdigit() or w == word for word, w in zip(words, wanted, strict=True)
-    )
+    return (wanted if isinstance(wanted, Sizes) else Sizes(wanted)).row(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from weightops.files.checkpoint import WEIGHTLESS, Checkpoint
 from weightops.naming.keymap import Count, Dim, Has, Which
 
 if TYPE_CHECKING:
-    from weightops.naming.keymap import Architecture, Config, Pipeline
+    from weightops.naming.keymap import Architecture, Config, Network, Pipeline
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -35,7 +35,13 @@ _TOKENIZER = (
 _SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json", "chat_template.jinja")
 _SCHEDULER = "scheduler/scheduler_config.json"
 # Any of these sets is a tokenizer.
-_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.model",), ("vocab.txt",))
+_VOCABULARIES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("tokenizer.model",),
+    ("vocab.txt",),
+)
 
 # The pipeline of a UNet that sees more than the latent: by the class without, and its number of input channels.
 _CLASSES = {
@@ -155,6 +161,27 @@ def _alike(ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
+def component_config(
+    network: Network, more: Mapping[str, Any], shapes: Shapes, like: Checkpoint | None, path: str, label: str
+) -> bytes:
+    """config.json of a component: that of `like`, which must not contradict the tensors, else what these say.
+
+    more: what goes before the network's own values. path: where it stands; in a folder of one component at its top.
+    """
+    config = None if network.config is None else replace(network.config, values={**network.config.values, **more})
+    theirs = like.json_beside(path) if like is not None else None
+    if like is not None and theirs is not None:
+        if config is not None:
+            ours = config_values(config, shapes, label)
+            refuse_contradictions(config, ours, theirs, where=f"{like.label} ({path})", what=label)
+        return like.bytes_beside(path) or b""
+    if config is None:
+        raise UsageError(
+            label, f"no config.json of {network.name} is known", "--like FOLDER takes it from a diffusers folder"
+        )
+    return text(config_values(config, shapes, label))
+
+
 # ------------------------------------------------------------------------------------------------ a pipeline
 
 
@@ -191,7 +218,9 @@ def pipeline_folder(
     if absent:
         return Folder(missing=f"there is no {', no '.join(absent)} in it")
     if not tokenizer and any(name.startswith("tokenizer") for name in _classes(index)):
-        found.warnings.append("from_pretrained does not load this folder without its tokenizers, which --no-tokenizer left out")
+        found.warnings.append(
+            "from_pretrained does not load this folder without its tokenizers, which --no-tokenizer left out"
+        )
     if "requires_safety_checker" in index and "safety_checker" not in _classes(index):
         index["requires_safety_checker"] = False
     found.files["model_index.json"] = text(index)

@@ -28,6 +28,7 @@ SCALED = "scaled_fp8"
 _COUNTED = "position_ids"
 # What a quantiser says in words, the same of each part of a packed tensor.
 _WORDS = ".comfy_quant"
+_QUANTISED = "dequantise it first, or keep its layout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +160,8 @@ def _is_one_with_another(
     if first is None or first.slot.key != key or first.slot.bands is not None:
         raise MismatchError(opened.label, f"{r.name}: {name}: {reason}")
     if _bytes_of(opened, parts[name]) != _bytes_of(opened, parts[names[0]]):
-        raise MismatchError(
-            opened.label,
-            f"{r.name}: {key} is one for {', '.join(names)}, but their scales differ",
-            "dequantise it first, or keep its layout",
-        )
+        what = f"{r.name}: {key} is one for {', '.join(names)}, but their scales differ"
+        raise MismatchError(opened.label, what, _QUANTISED)
     return True
 
 
@@ -183,11 +181,8 @@ def _refuse_scales_of_rows(opened: Checkpoint, r: Respelling, parts: Mapping[str
         for name in claim.names:
             weight = name.removesuffix(claim.suffix) + ".weight"
             if any(weight in at and at[weight].slot.bands is not None for at in (parts, written.places)):
-                raise MismatchError(
-                    opened.label,
-                    f"tensor {quote(key)} holds {spec.values:,} scales for {weight}, whose rows move; expected one scale",
-                    "dequantise it first, or keep its layout",
-                )
+                what = f"tensor {quote(key)} holds {spec.values:,} scales for {weight}, whose rows move; expected one"
+                raise MismatchError(opened.label, what, _QUANTISED)
 
 
 # ------------------------------------------------------------------------------------------------ tasks

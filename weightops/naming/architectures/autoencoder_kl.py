@@ -202,7 +202,6 @@ THIRTY_TWO_LATENTS = {
 
 CONFIG: dict[str, Any] = {
     "act_fn": "silu",
-    "force_upcast": True,
     "in_channels": Dim("encoder.conv_in.weight", 1),
     "latent_channels": Dim("decoder.conv_in.weight", 1),
     "layers_per_block": 2,
@@ -237,6 +236,7 @@ THREE_LEVEL_CONFIG: dict[str, Any] = {
 # How latents are scaled is in no tensor. These are SD1's and SD2's numbers; the components of SDXL, Flux and SD3 say
 # theirs.
 SCALING: dict[str, Any] = {
+    "force_upcast": True,
     "latents_mean": None,
     "latents_std": None,
     "sample_size": 512,

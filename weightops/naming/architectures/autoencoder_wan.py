@@ -150,7 +150,6 @@ register(
             "AutoencoderKLWan",
             {
                 **CONFIG,
-                "clip_output": False,
                 "decoder_base_dim": Dim("decoder.conv_out.weight", 1),
                 "in_channels": Dim("encoder.conv_in.weight", 1),
                 "is_residual": True,

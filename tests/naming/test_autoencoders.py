@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from tagged import assert_equal, from_canonical, needs_lists, shapes_of, tagged, to_canonical
-from test_unets import configured, header, made, recognised, shapes_in
+from test_unets import configured, header, library, made, recognised, shapes_in
 
 from weightops.naming.identify import identify
 from weightops.naming.keymap import ARCHITECTURES, NETWORKS
@@ -100,15 +99,11 @@ def tiny(name: str) -> Shapes:
 
 def converted(network: str, tensors: dict[str, Tensor], levels: int = 4) -> dict[str, Tensor]:
     """What diffusers' converters make of the authors' names."""
-    pytest.importorskip("diffusers")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_wan_vae_to_diffusers
-
-        if network == WAN:
-            return convert_wan_vae_to_diffusers(dict(tensors))
-        types = {"down_block_types": ["x"] * levels, "up_block_types": ["x"] * levels}
-        return convert_ldm_vae_checkpoint({f"first_stage_model.{k}": t for k, t in tensors.items()}, types)
+    single_file = library("diffusers.loaders.single_file_utils")
+    if network == WAN:
+        return single_file.convert_wan_vae_to_diffusers(dict(tensors))
+    types = {"down_block_types": ["x"] * levels, "up_block_types": ["x"] * levels}
+    return single_file.convert_ldm_vae_checkpoint({f"first_stage_model.{k}": t for k, t in tensors.items()}, types)
 
 
 # ------------------------------------------------------------------------------------------------ names and values
@@ -257,7 +252,7 @@ def test_a_small_model_is_recognised_in_every_spelling_and_comes_back(name: str)
         assert_equal(to_canonical(network, spelling, written), canonical)
         for half in ("encoder", "decoder"):
             part = {k: s for k, s in shapes_in(written).items() if k.startswith(f"{half}.")}
-            # Without its batch norm Flux.2's is one of the others, but for where the authors put the quant convolutions.
+            # Without its batch norm Flux.2's is one of the others, but for the authors' place of quant convolutions.
             strangers = tuple(key for key in part if "quant_conv" in key)
             assert recognised(part) == (KL if network == FLUX2 else network, spelling, None, strangers)
 
@@ -293,8 +288,7 @@ def test_the_upscalers_autoencoder_is_recognised_by_its_sizes() -> None:
     ],
 )  # fmt: skip
 def test_other_autoencoders_stay_unknown(name: str) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    if not hasattr(diffusers, name):
+    if not hasattr(library("diffusers"), name):
         pytest.skip(f"this diffusers has no {name}")
     assert recognised(made(name, {})) is None
 
@@ -324,8 +318,7 @@ def test_sizes_without_a_list_are_configured_as_they_were_made(network: str, val
 @needs_lists
 @pytest.mark.parametrize("name", ["diffusers_wan_vae", "diffusers_qwen_image_vae"])
 def test_the_latents_of_wan_21_are_scaled_as_diffusers_scales_them(name: str) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    class_ = diffusers.AutoencoderKLQwenImage if "qwen" in name else diffusers.AutoencoderKLWan
+    class_ = getattr(library("diffusers"), "AutoencoderKLQwenImage" if "qwen" in name else "AutoencoderKLWan")
     defaults = {key: p.default for key, p in inspect.signature(class_.__init__).parameters.items()}
     values = configured(WAN, shapes_of(name))
     assert {key: defaults[key] for key in values} == values

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from tagged import assert_equal, from_canonical, needs_lists, shapes_of, tagged, to_canonical
-from test_unets import configured, header, recognised, shapes_in
+from test_unets import configured, header, library, recognised, shapes_in
 
 from weightops.naming.identify import identify
 from weightops.naming.keymap import ARCHITECTURES, NETWORKS, Component
@@ -74,12 +74,10 @@ def part_of(name: str, prefix: str) -> Shapes:
 
 def built(model: str, config: str, values: dict[str, Any]) -> Shapes:
     """Names and shapes of what a class of transformers makes of a configuration."""
-    pytest.importorskip("transformers")
+    transformers = library("transformers")
+    values = {key: value for key, value in values.items() if key not in ("architectures", "model_type")}
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        import transformers
-
-        values = {key: value for key, value in values.items() if key not in ("architectures", "model_type")}
         made = getattr(transformers, model)(getattr(transformers, config)(**values))
     return {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
 
@@ -137,24 +135,16 @@ def test_a_file_has_the_names_and_shapes_of_transformers(name: str, prefix: str,
 @needs_lists
 @pytest.mark.parametrize("architecture", OPENCLIP)
 def test_openclip_becomes_what_diffusers_makes_of_it(architecture: str) -> None:
-    pytest.importorskip("diffusers")
     component = encoder(architecture, "text_encoder" if architecture == "sd2" else "text_encoder_2")
     tensors = tagged(shapes_of(OPENCLIP[architecture]))
     if architecture != "sd2":  # nothing is mixed along columns but in the projection; the copies are large
         tensors = {k: t[:, :2] if t.dim() == 2 and k != "text_projection" else t for k, t in tensors.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
-
-        theirs = convert_open_clip_checkpoint(
-            SimpleNamespace(config=SimpleNamespace(hidden_size=1024 if architecture == "sd2" else 1280)),
-            {component.prefix + key: tensor for key, tensor in tensors.items()},
-            prefix=component.prefix,
-        )
-    ours = kept(component, to_canonical(component.network, component.spelling, tensors))
-    if architecture == "sdxl_refiner":
-        assert component.prefix == "conditioner.embedders.0.model."
-    assert_equal(ours, theirs)
+    theirs = library("diffusers.loaders.single_file_utils").convert_open_clip_checkpoint(
+        SimpleNamespace(config=SimpleNamespace(hidden_size=1024 if architecture == "sd2" else 1280)),
+        {component.prefix + key: tensor for key, tensor in tensors.items()},
+        prefix=component.prefix,
+    )
+    assert_equal(kept(component, to_canonical(component.network, component.spelling, tensors)), theirs)
 
 
 @needs_lists
@@ -170,14 +160,10 @@ def test_sd2_leaves_the_last_layer_out_as_diffusers_does() -> None:
     ("architecture", "name"), [("sd15", "sdmecha_sd1-ldm"), ("sdxl", "sdmecha_sdxl-sgm")]
 )  # fmt: skip
 def test_clip_l_becomes_what_diffusers_makes_of_it(architecture: str, name: str) -> None:
-    pytest.importorskip("diffusers")
     component = encoder(architecture, "text_encoder")
     tensors = tagged(part_of(name, component.prefix))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint
-
-        theirs = convert_ldm_clip_checkpoint({component.prefix + key: tensor for key, tensor in tensors.items()})
+    single_file = library("diffusers.loaders.single_file_utils")
+    theirs = single_file.convert_ldm_clip_checkpoint({component.prefix + k: tensor for k, tensor in tensors.items()})
     ours = to_canonical(component.network, component.spelling, tensors)
     assert_equal(ours, theirs)
     # Which positions there are is no weight: transformers counts them itself since version 4.31.

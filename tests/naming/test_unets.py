@@ -137,13 +137,27 @@ def part_of(name: str) -> Shapes:
     return shapes
 
 
-def made(class_name: str, values: Mapping[str, Any], library: str = "diffusers") -> Shapes:
+def library(name: str) -> Any:
+    """diffusers or transformers, which warn when they are imported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(name)
+
+
+def made(class_name: str, values: Mapping[str, Any]) -> Shapes:
     """Names and shapes of what a class of diffusers makes of a configuration."""
-    pytest.importorskip(library)
+    diffusers = library("diffusers")
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        model = getattr(__import__(library), class_name)(**values)
+        model = getattr(diffusers, class_name)(**values)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def ldm_unet(tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What diffusers' converter makes of the authors' names."""
+    single_file = library("diffusers.loaders.single_file_utils")
+    prefixed = {f"model.diffusion_model.{key}": tensor for key, tensor in tensors.items()}
+    return single_file.convert_ldm_unet_checkpoint(prefixed, dict(values))
 
 
 def resolved(value: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
@@ -201,19 +215,10 @@ def test_every_key_of_a_list_becomes_one_of_diffusers_names_and_shapes(name: str
 @needs_lists
 @pytest.mark.parametrize("name", ORIGINAL)
 def test_every_value_stands_where_diffusers_converter_puts_it_and_comes_back(name: str) -> None:
-    pytest.importorskip("diffusers")
     network, spelling, *_ = LISTS[name]
     tensors = tagged(part_of(name))
     ours = to_canonical(network, spelling, tensors)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-        theirs = convert_ldm_unet_checkpoint(
-            {f"model.diffusion_model.{key}": tensor for key, tensor in tensors.items()},
-            configured(network, shapes_in(ours)),
-        )
-    assert_equal(ours, theirs)
+    assert_equal(ours, ldm_unet(tensors, configured(network, shapes_in(ours))))
     assert_equal(from_canonical(network, spelling, ours), tensors)
 
 
@@ -342,15 +347,7 @@ def test_a_small_model_is_recognised_in_every_spelling_and_comes_back(network: s
 def test_a_small_model_is_written_as_diffusers_converter_reads_it(network: str) -> None:
     canonical = tagged(made("UNet2DConditionModel", TINY[network]))
     written = from_canonical(network, "original", canonical)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-        theirs = convert_ldm_unet_checkpoint(
-            {f"model.diffusion_model.{key}": tensor for key, tensor in written.items()},
-            {"layers_per_block": 2, **TINY[network]},
-        )
-    assert_equal(theirs, canonical)
+    assert_equal(ldm_unet(written, {"layers_per_block": 2, **TINY[network]}), canonical)
 
 
 @pytest.mark.parametrize("values", [UPSCALER, UNCLIP], ids=["the x4 upscaler", "unCLIP"])
@@ -462,16 +459,16 @@ def test_our_configuration_is_the_official_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURE_OF.values()))
 def test_a_pipeline_names_what_diffusers_and_transformers_have(name: str) -> None:
-    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     architecture = ARCHITECTURES.get(name)
     pipeline = architecture.pipeline
     assert pipeline is not None
-    libraries = {"diffusers": diffusers, "transformers": transformers}
-    for library, class_name in pipeline.classes.values():
-        assert (library is None) == (class_name is None)
-        assert library is None or hasattr(libraries[library], str(class_name))
-    expected = set(inspect.signature(getattr(diffusers, pipeline.class_name).__init__).parameters) - {"self"}
-    folders = {folder for folder, (library, _) in pipeline.classes.items() if library is not None}
+    libraries = {"diffusers": library("diffusers"), "transformers": library("transformers")}
+    for where, class_name in pipeline.classes.values():
+        assert (where is None) == (class_name is None)
+        assert where is None or hasattr(libraries[where], str(class_name))
+    class_ = getattr(libraries["diffusers"], pipeline.class_name)
+    expected = set(inspect.signature(class_.__init__).parameters) - {"self"}
+    folders = {folder for folder, (where, _) in pipeline.classes.items() if where is not None}
     assert set(pipeline.classes) | set(pipeline.settings) == expected
     assert {c.name for c in architecture.components} | {"scheduler"} | set(pipeline.tokenizers) == folders
     for component in architecture.components:
@@ -483,10 +480,10 @@ def test_a_pipeline_names_what_diffusers_and_transformers_have(name: str) -> Non
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURE_OF.values()))
 def test_a_scheduler_of_diffusers_takes_our_settings(name: str) -> None:
-    diffusers = pytest.importorskip("diffusers")
     pipeline = ARCHITECTURES.get(name).pipeline
     assert pipeline is not None
-    scheduler = getattr(diffusers, str(pipeline.classes["scheduler"][1])).from_config(dict(pipeline.scheduler))
+    class_ = getattr(library("diffusers"), str(pipeline.classes["scheduler"][1]))
+    scheduler = class_.from_config(dict(pipeline.scheduler))
     known = {key: value for key, value in pipeline.scheduler.items() if key in scheduler.config}
     assert {key: scheduler.config[key] for key in known} == known
     assert {"beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset"} <= set(known)

@@ -43,7 +43,7 @@ def test_inspecting_and_converting_a_pickle_imports_no_torch(tmp_path: Path) -> 
     torch.save({"state_dict": {"w": torch.ones(3), "i": torch.arange(4)}, "epoch": 3}, tmp_path / "m.ckpt")
     code = (
         "import sys; from weightops.ops.convert import convert; from weightops.ops.inspect import inspect;"
-        "inspect('m.ckpt'); convert('m.ckpt', check=True); assert 'torch' not in sys.modules"
+        "inspect('m.ckpt'); convert('m.ckpt', verify=True); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert torch.equal(load_file(tmp_path / "m.safetensors")["w"], torch.ones(3))
@@ -64,7 +64,7 @@ def test_without_a_dtype_bytes_and_metadata_stay(tmp_path: Path) -> None:
 def test_a_dtype_is_for_floating_tensors_alone(tmp_path: Path) -> None:
     given = {"a": torch.randn(300, 7), "b": torch.arange(5), "h": torch.randn(4).half()}
     save_file(given, tmp_path / "a.safetensors")
-    report = convert(tmp_path / "a.safetensors", output=tmp_path / "b.safetensors", dtype="fp16", check=True)
+    report = convert(tmp_path / "a.safetensors", output=tmp_path / "b.safetensors", dtype="fp16", verify=True)
     found = load_file(tmp_path / "b.safetensors")
     assert torch.equal(found["a"], given["a"].half())
     assert torch.equal(found["b"], given["b"])

@@ -8,24 +8,39 @@ import click
 
 from weightops.cli import options, render
 from weightops.ops.convert import convert
+from weightops.ops.layout import LAYOUTS
+from weightops.ops.prediction import KINDS
 
 
-@click.command("convert", short_help="Any file that can be read, as one safetensors file.")
+@click.command("convert", short_help="A checkpoint in another layout, dtype or container.")
 @click.argument("file", metavar="FILE")
+@click.option(
+    "--to", type=click.Choice(LAYOUTS), help="The layout: diffusers is a folder with configs. Without it, names stay."
+)
 @options.drop
+@options.shard_size
+@click.option(
+    "--like", metavar="FOLDER", help="Take configs, scheduler and tokenizers of this folder or hf:// repository."
+)
+@click.option("--no-tokenizer", is_flag=True, help="Write a diffusers folder without its tokenizers.")
+@click.option("--prediction", type=click.Choice(KINDS), help="What the model predicts.  [default: what the file says]")
+@click.option(
+    "--check", is_flag=True, help="Read the output back, rename it back, and compare every byte with the input."
+)
 @options.allow_nonfinite
 @options.writing
 @options.running
 @options.speaking
-def command(file: str, verify: bool, as_json: bool, quiet: bool, verbose: bool, **rest: Any) -> None:
-    """Any file that can be read, as one safetensors file: legacy pickles, shards, a diffusers folder.
+def command(file: str, as_json: bool, quiet: bool, verbose: bool, **rest: Any) -> None:
+    """A checkpoint in another layout, dtype or container: diffusers folder, single file, shards, legacy pickle.
 
     \b
-    weightops convert model.ckpt
-    weightops convert model.safetensors --dtype fp16 --drop ema -o small.safetensors
+    weightops convert model.safetensors --to diffusers
+    weightops convert model.ckpt --dtype fp16 --drop ema -o small.safetensors
 
-    Names stay as they are. Without --dtype the bytes of each tensor are copied; nothing in a pickle is ever run.
+    Without --dtype the bytes of each tensor are copied; nothing in a pickle is ever run. What the new layout has no
+    place for is named. A diffusers folder gets its tokenizers from --like, or from the hub's local cache.
     """
     with render.progress("converting", quiet=quiet or as_json) as on_progress:
-        report = convert(file, check=verify, on_progress=on_progress, **rest)
+        report = convert(file, on_progress=on_progress, **rest)
     render.finished(report, as_json=as_json, quiet=quiet, verbose=verbose)

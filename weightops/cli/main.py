@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 ENTRIES: tuple[Entry, ...] = (
     Entry("inspect", "Look", "What is this file? Kind, architecture, components, dtypes, metadata."),
     Entry("merge", "Checkpoints", "Two or more models into one, every tensor accounted for."),
-    Entry("convert", "Files", "Any file that can be read, as one safetensors file."),
+    Entry("convert", "Files", "A checkpoint in another layout, dtype or container."),
     Entry("demo", "Start here", "A small real merge, made and checked on the spot."),
 )
 

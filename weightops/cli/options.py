@@ -80,6 +80,9 @@ def _words(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[st
 
 
 drop = click.option("--drop", metavar="NAME,…", default="", callback=_words, help=f"Leave out: {', '.join(DROPPABLE)}.")
+shard_size = click.option(
+    "--shard-size", type=Size(), metavar="SIZE", help="Cut each component into files of at most this: 5GB, 2GiB."
+)
 allow_nonfinite = click.option("--allow-nonfinite", is_flag=True, help="Write NaN and Inf instead of refusing them.")
 device = click.option(
     "--device", metavar="NAME", default="auto", show_default=True, callback=_device, help="auto, cpu, cuda, cuda:1 …"

@@ -106,7 +106,8 @@ def report(found: Report, *, verbose: bool) -> None:
         out.print(printable(found.summary), style="bold", soft_wrap=True)
     if found.groups:
         out.print()
-        counts = [k for k in ("tensors", "merged", "cast", "copied", "dropped") if any(g.get(k) for g in found.groups)]
+        known = ("tensors", "merged", "cast", "copied", "split", "fused", "dropped")
+        counts = [k for k in known if any(g.get(k) for g in found.groups)]
         drawn = table("component", *counts, right=tuple(range(1, len(counts) + 1)))
         for group in found.groups:
             drawn.add_row(group["component"], *(f"{group[k]:,}" if group.get(k) else "-" for k in counts))
@@ -132,6 +133,9 @@ def report(found: Report, *, verbose: bool) -> None:
             f"       verified: {v['blocks']} samples, {v['values']:,} values, "
             f"at most {v['largest_ulp']:.2f} ulp from float64"
         )
+    if found.checked is not None:
+        out.print(f"       checked: {found.checked['tensors']:,} tensors came back, {size(found.checked['bytes'])}, "
+                  f"byte for byte")  # fmt: skip
 
 
 def _unused(out: Console, found: Report, verbose: bool) -> None:

@@ -1,4 +1,4 @@
-"""An adapter file's keys, grouped into adapters, each resolved to the modules that it changes. Reads names and shapes."""
+"""An adapter file's keys, grouped into adapters, each resolved to the modules it changes. Reads names and shapes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightops.errors import FormatError, MismatchError, listing, quote
 from weightops.files.source import read
-from weightops.lora.dialects import MODEL, Beginning, beginning_of, ending_of
+from weightops.lora.dialects import Beginning, beginning_of, ending_of
 from weightops.lora.family import FAMILIES, MODIFIERS, Family
 from weightops.lora.settings import SCALED, alpha_in, read_settings, whole_strength
 from weightops.lora.targets import Look, Target, resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from weightops.files.checkpoint import Checkpoint
     from weightops.files.tensor import TensorInfo
 
@@ -230,8 +231,9 @@ def _families(
     main = [family.name for family, mine in chosen if set(mine) - {"diff_b", "b_norm", "set_bias"}]
     if len(main) > 1:
         found.problems.append(Problem(name, f"is of {len(main)} families at once: {', '.join(main)}"))
-    for number, (family, mine) in enumerate(chosen):
-        keys = mine | (modifiers if family.name == (main or [chosen[0][0].name])[0] or not number and not main else {})
+    home = main[0] if main else chosen[0][0].name
+    for family, mine in chosen:
+        keys = mine | (modifiers if family.name == home else {})
         if family.form(mine) is None:
             lacking = _lacking(family, mine)
             found.problems.append(Problem(name, f"has {listing(sorted(mine))}, but no {lacking}"))

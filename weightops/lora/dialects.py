@@ -188,12 +188,14 @@ def beginning_of(key: str) -> Beginning:
 class Dialect:
     """A way of writing adapters. `endings`: part -> what is written after the name; `alpha`: where the scale stands.
 
-    alpha: tensor (beside the factors), header (diffusers' `lora_adapter_metadata`), config (PEFT's json).
+    alpha: tensor (beside the factors), header (diffusers' `lora_adapter_metadata`), config (PEFT's json). flat: the
+    dots of names are underscores. folder: a folder is written, with a file for each component.
     """
 
     name: str
     endings: dict[str, str]
     alpha: str
+    flat: bool = False
     folder: bool = False
 
 
@@ -244,8 +246,8 @@ _PEFT = _LYCORIS | {
 }
 
 DIALECTS: dict[str, Dialect] = {
-    "kohya": Dialect("kohya", _KOHYA, "tensor"),
-    "onetrainer": Dialect("onetrainer", _KOHYA, "tensor"),
+    "kohya": Dialect("kohya", _KOHYA, "tensor", flat=True),
+    "onetrainer": Dialect("onetrainer", _KOHYA, "tensor", flat=True),
     "comfy": Dialect("comfy", _PEFT, "tensor"),
     "diffusers": Dialect("diffusers", _PEFT | {"dora_scale": ".lora_magnitude_vector"}, "header"),
     "peft": Dialect("peft", _PEFT | {"dora_scale": ".lora_magnitude_vector"}, "config", folder=True),

@@ -1,4 +1,4 @@
-"""Family: what the tensors of one adapter module are called, and what their shapes say. Knows no file and no spelling."""
+"""Family: what the tensors of one adapter module are called, and what their shapes say. Knows no file, no spelling."""
 
 from __future__ import annotations
 

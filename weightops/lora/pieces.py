@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightops.errors import MismatchError, quote
@@ -66,7 +67,23 @@ class Piece:
 
     @property
     def rank(self) -> int | None:
-        return self.family.rank({part: source.spec.shape for part, source in self.parts.items()})
+        return self.family.rank(self.shapes)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {part: source.spec.shape for part, source in self.parts.items()}
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Of the weight that it changes, where its parts tell."""
+        return self.family.shape(self.shapes)
+
+    @property
+    def height(self) -> int | None:
+        """The rows of the weight, or of the bias where it changes that alone."""
+        if self.shape is not None:
+            return self.shape[0]
+        return next((self.parts[part].spec.rows for part in self.family.rows if part in self.parts), None)
 
 
 Read = Callable[[Source], bytes]
@@ -150,10 +167,8 @@ def _swaps(rule: Rule, rows: int | None, features: int | None, adapter: Adapter,
     return found
 
 
-def swapped_halves(
-    parts: Mapping[str, Source], family: Family, name: str, rows: int, label: str
-) -> dict[str, Source]:
-    """The parts of a weight whose halves trade places. A magnitude for each input stays: it asks for no order of rows."""
+def swapped_halves(parts: Mapping[str, Source], family: Family, name: str, rows: int, label: str) -> dict[str, Source]:
+    """The parts of a weight whose halves trade places. A magnitude for each input stays as it is."""
     bands = ((rows // 2, rows), (0, rows // 2))
     inward = {part: s for part, s in parts.items() if part == "dora_scale" and s.spec.rows == 1 and rows > 1}
     return cut_rows({p: s for p, s in parts.items() if p not in inward}, family, name, bands, rows, label) | inward
@@ -239,10 +254,10 @@ def _own_blocks(used: Sequence[tuple[int, int] | None], rank: int, *, may_drop: 
     there = [u for u in used if u is not None]
     if len(there) < 2 or (len(there) < len(used) and not may_drop):
         return None
-    if any(b[0] < a[1] for a, b in zip(there, there[1:], strict=False)):
+    if any(b[0] < a[1] for a, b in pairwise(there)):
         return None
     edges = [0, *(u[0] for u in there[1:]), rank]
-    spans = iter(zip(edges, edges[1:], strict=False))
+    spans = iter(pairwise(edges))
     return [(0, 0) if u is None else next(spans) for u in used]
 
 
@@ -284,7 +299,13 @@ def join(
     first = there[0]
     if len({frozenset(p.parts) for p in there}) > 1 or ("dora_scale" in first.parts and len(there) < len(pieces)):
         raise MismatchError(label, f"{quote(module)} would join adapters of different parts")
-    heights_ = [_height(p) if p is not None else h for p, h in zip(pieces, rows, strict=True)]
+    if any(_is_inward(p) for p in there):
+        raise MismatchError(
+            label,
+            f"{quote(module)} would join magnitudes for each input: their norms would run over the rows of all",
+            "--to diffusers needs no packing",
+        )
+    heights_ = [p.height if p is not None else h for p, h in zip(pieces, rows, strict=True)]
     if any(h is None for h in heights_):
         raise MismatchError(
             label,
@@ -310,6 +331,12 @@ def join(
     return _diagonal(pieces, starts, total)
 
 
+def _is_inward(piece: Piece) -> bool:
+    """Is its magnitude one for each input, and not for each output?"""
+    scale = piece.parts.get("dora_scale")
+    return scale is not None and scale.spec.rows != piece.height
+
+
 def _check_rows(pieces: Sequence[Piece], parts: Iterable[str], label: str, module: str) -> None:
     """Rows of one tensor have one dtype and one width; the columns of `up` are each piece's own."""
     for part in parts:
@@ -320,20 +347,13 @@ def _check_rows(pieces: Sequence[Piece], parts: Iterable[str], label: str, modul
             raise MismatchError(label, f"{quote(module)} would join tensors ({part}) whose dtypes or widths differ")
 
 
-def _height(piece: Piece) -> int | None:
-    if piece.family.uniform_rows:
-        shape = piece.family.shape({part: source.spec.shape for part, source in piece.parts.items()})
-        return shape[0] if shape is not None else None
-    return next((piece.parts[part].spec.rows for part in piece.family.rows if part in piece.parts), None)
-
-
 def _stacked(
     pieces: Sequence[Piece | None], starts: Sequence[int], total: int, cut: set[str], label: str, module: str
 ) -> Joined:
     """Pieces that share all but their rows."""
     first = next(p for p in pieces if p is not None)
     parts: dict[str, tuple[TensorSpec, Fills]] = {}
-    height = _height(first) or 1
+    height = first.height or 1
     for part, source in first.parts.items():
         if part not in cut:
             parts[part] = source.spec, (Fill(0, source),)

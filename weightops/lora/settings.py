@@ -9,12 +9,13 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightops.errors import FormatError, quote
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from weightops.files.checkpoint import Checkpoint
 
 HEADER = "lora_adapter_metadata"
@@ -103,12 +104,18 @@ def is_named(module: str, pattern: str, label: str) -> bool:
 
 
 class Module(NamedTuple):
-    """One module of a configuration: its name, rank, and alpha; shapes of its parts."""
+    """One module of a configuration: its name, rank (None: of two whole LoKr factors), alpha; shapes of its parts."""
 
     name: str
-    rank: int
-    alpha: float
+    rank: int | None
+    alpha: float | None
     shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def ranks(self) -> tuple[int, float]:
+        """Rank and alpha, as PEFT wants them: whole are factors of a rank so high that a product would not pay."""
+        rank = self.rank or max(self.shapes["lokr_w2"][:2], default=1)
+        return rank, float(rank) if self.alpha is None or self.rank is None else self.alpha
 
 
 def peft_config(family: str, modules: Sequence[Module], templates: Iterable[str]) -> dict[str, Any]:
@@ -116,22 +123,23 @@ def peft_config(family: str, modules: Sequence[Module], templates: Iterable[str]
 
     templates: of all names in the network, `{}` where a number stands: a name that others end with is anchored.
     """
-    rank, alpha = common(m.rank for m in modules), common(m.alpha for m in modules)
-    written = {m.name: _pattern(m.name) for m in modules}
-    ends = {name for name in written if any(t.endswith("." + _template(name)) for t in set(templates))}
-    anchored = {name: f"^{text}" if name in ends else text for name, text in written.items()}
-    targets: Any = sorted(written.values())
-    if ends:  # a list would mean those others, too
-        targets = "(" + "|".join(rf"(.*\.)?{re.escape(t)}" if n not in ends else re.escape(t)
-                                 for n, t in sorted(written.items())) + ")"  # fmt: skip
-    config = {
+    known = set(templates)
+    names = {m.name: _pattern(m.name) for m in modules}
+    anchored = {name for name in names if any(t.endswith("." + _template(name)) for t in known)}
+    keys = {name: f"^{text}" if name in anchored else text for name, text in names.items()}
+    rank, alpha = common(m.ranks[0] for m in modules), common(m.ranks[1] for m in modules)
+    targets: Any = sorted(names.values())
+    if anchored:  # a list would mean those others, too
+        ends = (re.escape(text) if name in anchored else rf"(.*\.)?{re.escape(text)}" for name, text in names.items())
+        targets = f"({'|'.join(sorted(ends))})"
+    return {
         "r": rank,
         "lora_alpha" if family == "lora" else "alpha": plain(alpha),
-        "rank_pattern": {anchored[m.name]: m.rank for m in modules if m.rank != rank},
-        "alpha_pattern": {anchored[m.name]: plain(m.alpha) for m in modules if m.alpha != alpha},
+        "rank_pattern": {keys[m.name]: m.ranks[0] for m in modules if m.ranks[0] != rank},
+        "alpha_pattern": {keys[m.name]: plain(m.ranks[1]) for m in modules if m.ranks[1] != alpha},
         "target_modules": targets,
+        **_PARTICULARS[family](modules),
     }
-    return config | _PARTICULARS[family](modules) if family in _PARTICULARS else config
 
 
 def _pattern(name: str) -> str:
@@ -170,7 +178,59 @@ def _lokr(modules: Sequence[Module]) -> dict[str, Any]:
     return {
         "use_effective_conv2d": any("lokr_t2" in m.shapes for m in modules),
         "decompose_both": any("lokr_w1_a" in m.shapes for m in modules),
+        "decompose_factor": decompose_factor(modules) or -1,
     }
 
 
 _PARTICULARS = {"lora": _lora, "loha": _loha, "lokr": _lokr}
+
+
+def decompose_factor(modules: Sequence[Module]) -> int | None:
+    """The setting with which PEFT makes factors of these shapes, which its files do not say; None: there is none."""
+    sizes = [_kronecker(m.shapes) for m in modules]
+    candidates = (-1, *sorted({first[0] for first, _ in sizes} | {first[1] for first, _ in sizes}))
+    both = any("lokr_w1_a" in m.shapes for m in modules)
+    if any(_is_whole(m, size, both=both) != ("lokr_w1" in m.shapes, "lokr_w2" in m.shapes)
+           for m, size in zip(modules, sizes, strict=True)):  # fmt: skip
+        return None
+    return next((c for c in candidates if all(_is_factored(size, c) for size in sizes)), None)
+
+
+def _kronecker(shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of both factors, each multiplied out."""
+    found = []
+    for factor in ("lokr_w1", "lokr_w2"):
+        if factor in shapes:
+            found.append(shapes[factor][:2])
+        else:
+            out = shapes[f"{factor}_a"][1 if factor == "lokr_w2" and "lokr_t2" in shapes else 0]
+            found.append((out, shapes[f"{factor}_b"][1]))
+    return found[0], found[1]
+
+
+def _is_whole(module: Module, size: tuple[tuple[int, ...], tuple[int, ...]], *, both: bool) -> tuple[bool, bool]:
+    """Would PEFT keep the first factor whole, and the second?"""
+    rank = module.ranks[0]
+    return not (both and rank < max(size[0]) / 2), rank >= max(size[1]) / 2
+
+
+def _is_factored(size: tuple[tuple[int, ...], tuple[int, ...]], factor: int) -> bool:
+    (out_l, in_m), (out_k, in_n) = size
+    # A kernel of 3 x 3 may be flattened into the inputs of the second factor.
+    inputs = [in_n] if in_n % 9 else [in_n, in_n // 9]
+    fits = any(_parts(in_m * n, factor) == (in_m, n) for n in inputs)
+    return fits and _parts(out_l * out_k, factor) == (out_l, out_k)
+
+
+def _parts(dimension: int, factor: int) -> tuple[int, int]:
+    """Two factors of a number, as PEFT and LyCORIS choose them. Source: peft, tuners/lokr/layer.py, `factorization`."""
+    if factor > 0 and dimension % factor == 0:
+        return factor, dimension // factor
+    low, high = 1, dimension
+    limit = dimension if factor == -1 else factor
+    while low < high:
+        following = next(n for n in range(low + 1, dimension + 1) if dimension % n == 0)
+        if following > limit:
+            break
+        low, high = following, dimension // following
+    return min(low, high), max(low, high)

@@ -1,12 +1,11 @@
-"""What an adapter's module names stand for: which network, which of its modules. Names first, shapes where names tie."""
+"""What an adapter's module names stand for: which network, which modules of it. Names first; shapes where names tie."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from weightops.lora.dialects import MODEL, Beginning, beginning_of
 from weightops.naming.keymap import (
@@ -22,6 +21,9 @@ from weightops.naming.keymap import (
     heights,
 )
 from weightops.naming.recognise import Shape, fits, row_of, variant_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
 
 
 class Look(NamedTuple):

@@ -49,8 +49,10 @@ def members_of(
     models = [match.network.name for match in matches.values() if match.network.role in MODELS]
     architecture = architecture_with(models[0]) if models else None
     if not matches or (architecture is None and len(matches) > 1):
-        held = f"holds {', '.join(sorted(parts))}" if parts else "holds no component that is known"
-        raise MismatchError(opened.label, f"{held}, but no diffusion model, which would tell what it is", KEEP)
+        what = "holds no component that is known"
+        if matches:
+            what = f"holds {', '.join(sorted(matches))}, but no diffusion model, which would tell what they belong to"
+        raise MismatchError(opened.label, what, KEEP)
     if architecture is None:
         return None, [Member(name, parts[name], match, None) for name, match in matches.items()]
     known = {c.name: c for c in architecture.components}
@@ -64,8 +66,9 @@ def members_of(
 
 def _unknown(name: str, part: Part, found: Unsure) -> str:
     """What to say of a component whose network cannot be told."""
+    which = "it" if name == "other" else f"its {name}"
     if found.possible:
-        return f"its {name} may be {' or '.join(found.possible)}: names and shapes cannot tell"
+        return f"{which} may be {' or '.join(found.possible)}: names and shapes cannot tell"
     known, network, spelling = max(
         (sum(table.claim(body) is not None for body in part.bodies.values()), network.name, spelling)
         for _, network in NETWORKS
@@ -73,33 +76,41 @@ def _unknown(name: str, part: Part, found: Unsure) -> str:
     )
     table = NETWORKS.get(network).tables()[spelling]
     strange = [body for body in part.bodies.values() if table.claim(body) is None]
-    if not known:
-        return f"its {name} is no model that is known: {listing(strange)}"
+    what = f"{which} is no model that is known"
     if not strange:
-        return f"its {name} has the names of {network}, but not its shapes"
+        return f"{what}: it has the names of {network}, but not its shapes"
+    if 2 * known < len(part.bodies):
+        return f"{what}: {listing(part.bodies.values())}"
     return (
-        f"its {name} is no model that is known; the nearest is {network} with {spelling} names, to which belong "
-        f"{known:,} of its {len(part.bodies):,} tensors, but not {listing(strange)}"
+        f"{what}; the nearest is {network} with {spelling} names, to which {known:,} of its {len(part.bodies):,} "
+        f"tensors belong, but not {listing(strange)}"
     )
 
 
 def assumed(member: Member, *, for_folder: bool) -> tuple[Member, str]:
-    """The component that a VAE or a text encoder alone is taken for, and the names of others that look the same.
+    """The component that a VAE or a text encoder alone is taken for, and in words which others look the same.
 
     Those come first that have a place for most of its tensors; for a single file, those with other names than now.
     """
     match = member.match
     names = [n for body in member.part.bodies.values() if (claim := match.table.claim(body)) for n in claim.names]
-    found: list[tuple[int, bool, Architecture, Component]] = []
+    rows: list[tuple[int, bool, Architecture, Component]] = []
     for _, architecture in ARCHITECTURES:
         for c in architecture.components:
-            if c.network == match.network.name and (match.variant is None or c.variant in (None, match.variant)):
-                lost = sum(n.startswith(c.omits) for n in names if not n.endswith("position_ids"))
-                found.append((lost, not for_folder and c.spelling == match.spelling, architecture, c))
-    if not found:
+            if c.network != match.network.name or (match.variant and c.variant not in (None, match.variant)):
+                continue
+            if "Projection" in str(c.config.get("architectures")) and "text_projection.weight" not in names:
+                continue
+            lost = sum(n.startswith(c.omits) for n in names if not n.endswith("position_ids"))
+            rows.append((lost, not for_folder and c.spelling == match.spelling, architecture, c))
+    if not rows:
         return member, ""
-    found.sort(key=lambda row: row[:2])
-    fewest, _, _, component = found[0]
-    others = [a.title for lost, _, a, c in found if lost == fewest and dict(c.config) != dict(component.config)]
-    taken = f"taken for the {component.name} of {found[0][2].title}; {', '.join(others)} have it with other settings"
-    return replace(member, component=component), taken if others else ""
+    rows.sort(key=lambda row: row[:2])
+    fewest, _, _, component = rows[0]
+    alike: dict[bool, list[str]] = {True: [], False: []}
+    for lost, _, architecture, c in rows:
+        if lost == fewest:
+            alike[dict(c.config) == dict(component.config)].append(architecture.title)
+    taken = f"taken for the {component.name} of {' or '.join(dict.fromkeys(alike[True]))}; "
+    taken += f"{', '.join(dict.fromkeys(alike[False]))} have it with other settings"
+    return replace(member, component=component), taken if alike[False] else ""

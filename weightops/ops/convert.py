@@ -1,32 +1,47 @@
-"""convert: any file that can be read, as one safetensors file; names stay, bytes too unless a dtype is asked for."""
+"""convert: a checkpoint in another layout, in another dtype, in shards; bytes stay unless a dtype is asked for."""
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightops import __version__
 from weightops.engine.chunks import DEFAULT_MEMORY
 from weightops.engine.run import Progress, ignore
-from weightops.errors import FormatError, UsageError
+from weightops.errors import FormatError, Interrupted, MismatchError, UsageError, listing, quote
 from weightops.files.checkpoint import Checkpoint, open_checkpoint
-from weightops.files.dtypes import ARITHMETIC, DTYPE_WORDS
-from weightops.files.tensor import Slot, TensorSpec
+from weightops.files.folder import shards
 from weightops.naming.identify import family_of, identify
-from weightops.ops.produce import Planned, cast, check_words, kept_metadata, named, produce, stem
-from weightops.ops.report import Account, Report, Unused
-from weightops.plan import Input, Plan, Task
+from weightops.ops.folders import open_like
+from weightops.ops.layout import LAYOUTS, Way, Wish, plan_layout
+from weightops.ops.prediction import KINDS
+from weightops.ops.produce import Planned, check_words, kept_metadata, named, produce, stem
+from weightops.ops.report import Account, Report, Unused, peak_memory_bytes, tensors
+from weightops.ops.respell import becomes, carry
+from weightops.ops.roundtrip import check as check_bytes
+from weightops.plan import Plan
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
+    from weightops.files.tensor import TensorSpec
+
 
 def convert(
     path: str | os.PathLike[str],
     *,
+    to: str | None = None,
     output: str | os.PathLike[str] | None = None,
     dtype: str = "keep",
     drop: Sequence[str] = (),
+    shard_size: int | None = None,
+    like: str | os.PathLike[str] | None = None,
+    no_tokenizer: bool = False,
+    prediction: str | None = None,
+    check: bool = False,
+    verify: bool = False,
     strict: bool = False,
     allow_nonfinite: bool = False,
     memory: int = DEFAULT_MEMORY,
@@ -34,59 +49,131 @@ def convert(
     device: str = "auto",
     force: bool = False,
     dry_run: bool = False,
-    check: bool = False,
     on_progress: Progress = ignore,
 ) -> Report:
-    """Write the tensors of `path` as one safetensors file (output None: named after it, in the current folder).
+    """Write the tensors of `path` in another layout, or under the names that they have (output None: named after it).
 
-    dtype: keep, or what floating tensors become; drop: components to leave out; strict: refuse what the file
-    holds beside tensors. Without a dtype the bytes are copied, and torch is never imported. Raises WeightopsError.
+    to: diffusers (a folder, with its settings), original or comfy (a file). dtype: keep, or what floating tensors
+    become; drop: components to leave out; shard_size: bytes of tensors a file, in a folder of files. like: a folder
+    whose settings and tokenizers are taken; prediction: what the model predicts. check: read the output back, and
+    compare every byte with the input; verify: samples of it. strict: refuse to lose anything. Without a dtype the
+    bytes are copied, and torch is never imported. Raises WeightopsError.
     """
     check_words(dtype, drop)
-    with open_checkpoint(path) as opened:
-        planned = plan_convert(opened, dtype=dtype, drop=tuple(drop), allow_nonfinite=allow_nonfinite)
-        if strict:
-            planned.account.refuse_surprises("--strict")
-        return produce(
-            "convert", planned, named(output, stem(opened)), memory=memory, device=device, threads=threads,
-            force=force, dry_run=dry_run, check=check, on_progress=on_progress,
+    _check_words(to, prediction, shard_size, like=like is not None, no_tokenizer=no_tokenizer)
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(open_checkpoint(path))
+        if not opened.tensors:
+            raise FormatError(opened.label, "holds no tensors: nothing to write")
+        wish = Wish(
+            to or "", dtype, tuple(drop), shard_size, None if like is None else open_like(str(like)),
+            tokenizer=not no_tokenizer, prediction=prediction, allow_nonfinite=allow_nonfinite,
         )  # fmt: skip
+        planned, way = plan_convert(opened, wish)
+        if strict:
+            _refuse_losses(planned.account, to)
+        if check:
+            _refuse_casts(planned.account, dtype)
+        written = _named(output, opened, planned, to)
+        report = produce(
+            "convert", planned, written, memory=memory, device=device, threads=threads, force=force,
+            dry_run=dry_run, check=verify, on_progress=on_progress,
+        )  # fmt: skip
+        if check and not dry_run:
+            try:
+                report.checked = check_bytes(opened, planned.plan, way, written, on_progress=on_progress)
+            except (Interrupted, KeyboardInterrupt):
+                what = "interrupted while it was checked; it is written, and whole"
+                raise Interrupted(str(written), what) from None
+            report.peak_memory_bytes = peak_memory_bytes()
+        return report
 
 
-def plan_convert(opened: Checkpoint, *, dtype: str, drop: tuple[str, ...], allow_nonfinite: bool = False) -> Planned:
-    """The plan of a conversion, from headers alone."""
-    if not opened.tensors:
-        raise FormatError(opened.label, "holds no tensors: nothing to write")
+def plan_convert(opened: Checkpoint, wish: Wish) -> tuple[Planned, Way]:
+    """The plan of a conversion, from headers alone, and the way back."""
+    if not wish.to:
+        return _plan_container(opened, wish)
+    return plan_layout(opened, identify(opened.tensors), wish)
+
+
+def _plan_container(opened: Checkpoint, wish: Wish) -> tuple[Planned, Way]:
+    """The same names in one safetensors file, or in shards of it."""
     account = Account()
     account.unused.extend(Unused(key, opened.label, why, asked=False) for key, why in opened.left_out)
     components = identify(opened.tensors).components
     outputs: dict[str, TensorSpec] = {}
     counts: dict[str, dict[str, int]] = {}
-    copies, casts = [], []
+    tasks = []
     for key in sorted(opened.tensors, key=lambda k: opened.tensors[k][1:3]):
         count = counts.setdefault(components[key], {"tensors": 0, "merged": 0, "cast": 0, "copied": 0, "dropped": 0})
         count["tensors"] += 1
-        if family_of(components[key]) in drop:
-            account.unused.append(Unused(key, opened.label, f"--drop {family_of(components[key])}", asked=True))
+        if family_of(components[key]) in wish.drop:
+            reason = f"--drop {family_of(components[key])}"
+            account.unused.append(Unused(key, opened.label, reason, asked=True))
             count["dropped"] += 1
             continue
         spec = opened.tensors[key].spec
-        becomes = DTYPE_WORDS[dtype] if dtype != "keep" and spec.dtype in ARITHMETIC else spec.dtype
-        outputs[key] = TensorSpec(becomes, spec.shape)
-        if becomes == spec.dtype:
-            copies.append(Task(key, (Input(0, Slot(key, spec)),), (Slot(key, spec),)))
-            account.copied.append(key)
-            count["copied"] += 1
-        else:
-            casts.append(Task(key, (Input(0, Slot(key, spec.flat())),), (Slot(key, outputs[key].flat()),), cast))
-            account.used.append(key)
-            count["cast"] += 1
+        outputs[key] = becomes(spec, wish.dtype)
+        tasks.append(carry(key, spec, key, wish.dtype))
+        is_copy = outputs[key].dtype == spec.dtype
+        (account.copied if is_copy else account.used).append(key)
+        count["copied" if is_copy else "cast"] += 1
     if not outputs:
         raise UsageError("--drop", f"leaves nothing of {opened.label} to write")
-    recipe = {"command": "convert", "version": __version__, "dtype": dtype, "drop": list(drop)}
+    recipe = {"command": "convert", "version": __version__, "dtype": wish.dtype, "drop": list(wish.drop)}
+    files, extras = shards(outputs, "model", wish.shard_size) if wish.shard_size is not None else ((), {})
     plan = Plan(
-        (opened,), outputs, (*copies, *casts), kept_metadata(opened), recipe,
-        refuse_nonfinite=bool(casts) and not allow_nonfinite,
+        (opened,), outputs, tuple(sorted(tasks, key=lambda task: task.needs_torch)), kept_metadata(opened), recipe,
+        refuse_nonfinite=bool(account.used) and not wish.allow_nonfinite, files=files, extras=extras,
     )  # fmt: skip
-    words = f"{stem(opened)}, {'as it is' if dtype == 'keep' else f'as {dtype}'}, in one safetensors file"
-    return Planned(plan, account, words, [{"component": name, **count} for name, count in counts.items()])
+    where = "in one safetensors file" if not files else f"in {len(files):,} safetensors file{'s'[: len(files) > 1]}"
+    words = f"{stem(opened)}, {'as it is' if wish.dtype == 'keep' else f'as {wish.dtype}'}, {where}"
+    groups = [{"component": name, **count} for name, count in counts.items()]
+    return Planned(plan, account, words, groups), Way(carried={key: key for key in outputs})
+
+
+def _check_words(
+    to: str | None, prediction: str | None, shard_size: int | None, *, like: bool, no_tokenizer: bool
+) -> None:
+    """Refuse unknown words, and those that mean nothing together."""
+    if to is not None and to not in LAYOUTS:
+        raise UsageError("--to", f"unknown layout {quote(to)}", f"known are {', '.join(LAYOUTS)}")
+    if prediction is not None and prediction not in KINDS:
+        raise UsageError("--prediction", f"unknown word {quote(prediction)}", f"known are {', '.join(KINDS)}")
+    if shard_size is not None and shard_size < 1:
+        raise UsageError("--shard-size", f"found {shard_size:,}, expected a number of bytes")
+    if prediction is not None and to is None:
+        raise UsageError("--prediction", "says something only with --to")
+    for given, option in ((like, "--like"), (no_tokenizer, "--no-tokenizer")):
+        if given and to != "diffusers":
+            raise UsageError(option, "says something only with --to diffusers")
+
+
+def _named(output: str | os.PathLike[str] | None, opened: Checkpoint, planned: Planned, to: str | None) -> Path:
+    """The output that was asked for, or a name after the input's, which it never is."""
+    name = stem(opened)
+    if to == "diffusers":
+        return Path(output) if output is not None else named(None, name, "-diffusers").with_suffix("")
+    if planned.plan.files:
+        return Path(output) if output is not None else named(None, name, "-sharded").with_suffix("")
+    return named(output, name, f"-{to}" if to is not None and opened.name == f"{name}.safetensors" else "")
+
+
+def _refuse_losses(account: Account, to: str | None) -> None:
+    if to is None:
+        account.refuse_surprises("--strict")
+        return
+    found = account.surprises()
+    if found:
+        reasons = dict.fromkeys([r for _, r in account.kept] + [u.reason for u in account.unused if not u.asked])
+        what = f"{tensors(len(found))} {'has' if len(found) == 1 else 'have'} no place in the {to} layout"
+        raise MismatchError("--strict", f"{what}: {listing(found)}", f"{'; '.join(list(reasons)[:3])}")
+
+
+def _refuse_casts(account: Account, dtype: str) -> None:
+    if account.used:
+        raise UsageError(
+            "--check",
+            f"compares bytes, but --dtype {dtype} changes those of {tensors(len(account.used))}",
+            "check without --dtype, and cast the result; --verify compares what a cast should give",
+        )

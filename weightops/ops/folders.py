@@ -197,7 +197,7 @@ def pipeline_folder(
     found = Folder()
     index = _index(architecture, components, like)
     if index is None:
-        found.missing = f"no pipeline of {architecture.title} is known that a single file can carry"
+        found.missing = f"no model_index.json, which --like FOLDER gives for {architecture.title}"
         return found
     absent = []
     for name, kind in _classes(index).items():
@@ -216,7 +216,7 @@ def pipeline_folder(
         else:
             absent.append(name)
     if absent:
-        return Folder(missing=f"there is no {', no '.join(absent)} in it")
+        return Folder(missing=f"no model_index.json, for there is no {', no '.join(absent)}")
     if not tokenizer and any(name.startswith("tokenizer") for name in _classes(index)):
         found.warnings.append(
             "from_pretrained does not load this folder without its tokenizers, which --no-tokenizer left out"
@@ -296,7 +296,7 @@ def _cached(name: str, source: str) -> dict[str, bytes]:
     from huggingface_hub import try_to_load_from_cache
 
     owner, repository, *folders = source.split("/")
-    files = {}
+    files: dict[str, bytes] = {}
     for file in _TOKENIZER:
         found = try_to_load_from_cache(f"{owner}/{repository}", "/".join([*folders, file]))
         if isinstance(found, str):

@@ -108,9 +108,8 @@ def plan_layout(opened: Checkpoint, identity: Identity, wish: Wish) -> tuple[Pla
     architecture, members = members_of(opened, identity, drop=wish.drop, carried=carried)
     scale = quantised(opened.tensors) if wish.dtype != "keep" else None
     if scale is not None:
-        raise UsageError(
-            "--dtype", f"{opened.label} holds codes, whose values mean nothing without their scales ({scale})"
-        )
+        what = f"{opened.label} holds codes, whose values mean nothing without their scales ({quote(scale)})"
+        raise UsageError("--dtype", what)
     found = _Layout(opened, wish, identity, architecture, members)
     if architecture is None:
         _assume(found)
@@ -272,8 +271,9 @@ def _carry(found: _Layout, keys: list[str]) -> None:
 _NO_PLACE = {
     "ema": "a diffusers folder has no place for an average of the weights",
     "optimizer": "a diffusers folder has no place for the state of an optimizer",
+    "marker": "the mark of a noise schedule that the scheduler has not; --like FOLDER may bring one",
 }
-_SCHEDULE = "the noise schedule, which a scheduler computes from its settings"
+_SCHEDULE = "a noise schedule, which a scheduler computes from its settings"
 _MARKER = "a mark; scheduler_config.json says it"
 
 

@@ -70,10 +70,11 @@ class Report:
     peak_memory_bytes: int | None = None
     dry_run: bool = False
     verified: dict[str, Any] | None = None
+    checked: dict[str, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document that scripts may rely on."""
-        found = {
+        found: dict[str, Any] = {
             "command": self.command,
             "version": __version__,
             "inputs": self.inputs,
@@ -97,6 +98,8 @@ class Report:
         }
         if self.verified is not None:
             found["verified"] = self.verified
+        if self.checked is not None:
+            found["checked"] = self.checked
         return found
 
 

@@ -79,7 +79,7 @@ def respell(opened: Checkpoint, r: Respelling, dtype: str) -> Respelled:
     _left(opened, r, placing, found, dtype)
     for name, at in placing.places.items():
         if name.startswith(r.omits):
-            _no_place(name, at.slot.key, "the class that loads it has no place for it", found)
+            _no_place(name, at.slot.key, "the class that loads it in diffusers has no place for it", found)
         else:
             found.parts[name] = at
     specs = {name: becomes(at.spec, dtype) for name, at in found.parts.items()}

@@ -35,10 +35,7 @@ def check(
     with contextlib.ExitStack() as stack:
         files = _files(plan, written, stack)
         pairs = [pair for r, done in way.components for pair in _way_back(opened, r, done, files, str(written))]
-        for key, to in way.carried.items():
-            output, name = _held(files, to, str(written))
-            slot = opened.slot(key)
-            pairs.append((Place(slot), output, Place(replace(slot, key=name))))
+        pairs += _carried(opened, way.carried, files, str(written))
         total = sum(at.slot.spec.nbytes for at, _, _ in pairs)
         seen = 0
         for at, output, to in pairs:
@@ -66,7 +63,15 @@ def _files(plan: Plan, written: Path, stack: contextlib.ExitStack) -> _Files:
     return found
 
 
-def _held(files: Mapping[str, tuple[Checkpoint, str]], key: str, label: str) -> tuple[Checkpoint, str]:
+def _carried(
+    opened: Checkpoint, carried: Mapping[str, str], files: _Files, label: str
+) -> Iterator[tuple[Place, Checkpoint, Place]]:
+    for key, to in carried.items():
+        output, name = _held(files, to, label)
+        yield Place(opened.slot(key)), output, Place(replace(opened.slot(key), key=name))
+
+
+def _held(files: _Files, key: str, label: str) -> tuple[Checkpoint, str]:
     output, name = files[key]
     if name not in output.tensors:
         raise ValueRefused(label, f"tensor {quote(name)} is missing in it", _HINT)
@@ -77,17 +82,12 @@ def _way_back(
     opened: Checkpoint, r: Respelling, done: Respelled, files: _Files, label: str
 ) -> Iterator[tuple[Place, Checkpoint, Place]]:
     """Pieces of the component's input tensors, with where the output holds them; all of each tensor is covered."""
-    for key, to in done.carried.items():
-        output, name = _held(files, to, label)
-        yield Place(opened.slot(key)), output, Place(replace(opened.slot(key), key=name))
+    yield from _carried(opened, done.carried, files, label)
     bodies, infos = {}, {}
-    output = None
     for key in done.outputs.keys() - done.carried.values():
         output, name = _held(files, key, label)
         bodies[name] = done.names[key]
         infos[name] = output.tensors[name]
-    if output is None:
-        return
     there = place(r.target, bodies, infos).places
     back = write(r.source, {name: found.spec for name, found in there.items()})
     wanted: dict[str, str] = {}

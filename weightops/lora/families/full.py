@@ -1,4 +1,4 @@
-"""Whole differences and whole weights: diff, diff_b, w_norm, b_norm, set_weight. Source: FORMATS §6, ComfyUI, LyCORIS."""
+"""Whole differences and whole weights: diff, diff_b, w_norm, b_norm, set_weight. Source: FORMATS §6; LyCORIS."""
 
 from weightops.lora.family import FAMILIES, Family, Shape, Shapes
 

@@ -1,4 +1,4 @@
-"""LoHa: ΔW = (w1_a w1_b) ∘ (w2_a w2_b), for convolutions also with Tucker cores. Hyeon-Woo et al. 2021, arXiv:2108.06098."""
+"""LoHa: ΔW = (w1_a w1_b) ∘ (w2_a w2_b), of convolutions also with cores. Hyeon-Woo et al. 2021, arXiv:2108.06098."""
 
 from weightops.lora.family import FAMILIES, Family, Shape, Shapes
 

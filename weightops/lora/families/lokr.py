@@ -1,4 +1,4 @@
-"""LoKr: ΔW = w1 ⊗ w2, each factor whole or a product, w2 also with a Tucker core. Edalati et al. 2022, arXiv:2212.10650."""
+"""LoKr: ΔW = w1 ⊗ w2, each whole or a product, w2 also with a core. Edalati et al. 2022, arXiv:2212.10650."""
 
 from weightops.lora.family import FAMILIES, Family, Shape, Shapes
 

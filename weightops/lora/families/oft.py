@@ -1,4 +1,4 @@
-"""OFT and BOFT: W' = R W with orthogonal blocks. Qiu et al. 2023, arXiv:2306.07280; Liu et al. 2023, arXiv:2311.06243."""
+"""OFT, BOFT: W' = R W with orthogonal blocks. Qiu et al. 2023, arXiv:2306.07280; Liu et al. 2023, arXiv:2311.06243."""
 
 from weightops.lora.family import FAMILIES, Family
 

@@ -1,0 +1,150 @@
+"""Tiny pipelines of the real classes, and their weights in a single file, written through our tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from conftest import save
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "naming"))
+from tagged import from_canonical
+
+from weightops.naming.keymap import ARCHITECTURES, NETWORKS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+# Widths are such that each configuration is the one that follows from shapes: heads of 64, groups of 32.
+_UNET = {"layers_per_block": 2, "sample_size": 8, "norm_num_groups": 32}
+_SD = {
+    **_UNET, "block_out_channels": (32, 32, 64, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}  # fmt: skip
+_XL = {
+    **_UNET, "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "use_linear_projection": True,
+}  # fmt: skip
+UNETS: dict[str, dict[str, Any]] = {
+    "sd15": {**_SD, "attention_head_dim": 8, "cross_attention_dim": 64},
+    "sd2": {
+        **_SD, "block_out_channels": (64, 64, 64, 128), "attention_head_dim": (1, 1, 1, 2), "cross_attention_dim": 64,
+        "use_linear_projection": True, "upcast_attention": True,
+    },
+    "sdxl": {
+        **_XL, "block_out_channels": (64, 64, 128), "attention_head_dim": (1, 1, 2), "cross_attention_dim": 192,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 1, 2), "projection_class_embeddings_input_dim": 128 + 6 * 256,
+    },
+    "sdxl_refiner": {
+        **_XL, "block_out_channels": (64, 64, 64, 64), "attention_head_dim": (1, 1, 1, 1), "cross_attention_dim": 128,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": 1, "projection_class_embeddings_input_dim": 128 + 5 * 256,
+    },
+}  # fmt: skip
+SCALING = {"sd15": 0.18215, "sd2": 0.18215, "sdxl": 0.13025, "sdxl_refiner": 0.13025}
+PIPELINES = {
+    "sd15": "StableDiffusionPipeline",
+    "sd2": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sdxl_refiner": "StableDiffusionXLImg2ImgPipeline",
+}
+
+
+def tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer with the 256 bytes alone, each within a word and at its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: n for n, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def _text(width: int, act: str, *, projected: bool = False, layers: int = 2) -> Any:
+    config = transformers.CLIPTextConfig(
+        hidden_size=width, intermediate_size=width * 2, num_hidden_layers=layers, num_attention_heads=width // 64,
+        vocab_size=514, max_position_embeddings=77, projection_dim=width, hidden_act=act, bos_token_id=0,
+        eos_token_id=2, pad_token_id=1,
+    )  # fmt: skip
+    made = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    return made(config).eval()
+
+
+def pipeline(name: str, folder: Path, **unet: Any) -> Any:
+    """A pipeline of random weights, its tokenizer's files in `folder`; unet: what is different in its configuration."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32, 32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 4, sample_size=64,
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, layers_per_block=2, norm_num_groups=32,
+        scaling_factor=SCALING[name],
+    )  # fmt: skip
+    parts: dict[str, Any] = {
+        "unet": diffusers.UNet2DConditionModel(**{**UNETS[name], **unet}).eval(),
+        "vae": vae.eval(),
+        "scheduler": scheduler(name),
+    }
+    words = tokenizer(folder / "words")
+    if name in ("sd15", "sd2"):
+        encoder = _text(64, "quick_gelu" if name == "sd15" else "gelu")
+        parts |= {"text_encoder": encoder, "tokenizer": words, "safety_checker": None, "feature_extractor": None}
+        parts |= {"requires_safety_checker": False}
+    else:
+        base = name == "sdxl"
+        parts |= {"text_encoder": _text(64, "quick_gelu") if base else None, "tokenizer": words if base else None}
+        parts |= {"text_encoder_2": _text(128, "gelu", projected=True), "tokenizer_2": words}
+        parts |= {"add_watermarker": False} | (
+            {} if base else {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
+        )
+    return getattr(diffusers, PIPELINES[name])(**parts)
+
+
+def scheduler(name: str) -> Any:
+    """The one that our tables name for the architecture."""
+    named = ARCHITECTURES.get(name).pipeline
+    assert named is not None
+    return getattr(diffusers, str(named.classes["scheduler"][1])).from_config(dict(named.scheduler))
+
+
+def canonical(model: Any) -> dict[str, Tensor]:
+    """A module's weights under their canonical names."""
+    found = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    if type(model).__name__ == "CLIPTextModel" and "embeddings.token_embedding.weight" in found:
+        found = {f"text_model.{key}": value for key, value in found.items()}
+    return {key: value for key, value in found.items() if not key.endswith("position_ids")}
+
+
+def single_file(name: str, pipe: Any) -> dict[str, Tensor]:
+    """The pipeline's weights as one file has them."""
+    found = {}
+    for component in ARCHITECTURES.get(name).components:
+        model = getattr(pipe, component.name)
+        written = from_canonical(component.network, component.spelling, canonical(model))
+        found.update({component.prefix + key: tensor.contiguous() for key, tensor in written.items()})
+    return found
+
+
+def checkpoint(name: str, folder: Path, **unet: Any) -> tuple[Any, Path]:
+    """A pipeline, and a single file of it with what real files hold beside: a schedule, positions, a logit scale."""
+    pipe = pipeline(name, folder, **unet)
+    return pipe, save(folder / f"{name}.safetensors", single_file(name, pipe), {"format": "pt"})
+
+
+def loaded(folder: Path, cls: str) -> Any:
+    """What the installed diffusers makes of the folder."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = getattr(diffusers, cls).from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

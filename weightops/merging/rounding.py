@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from weightops.merging.method import store
 
 if TYPE_CHECKING:
+    import torch
     from torch import Generator, Tensor
 
 ROUNDINGS = ("nearest", "stochastic")
 
 
-def generator_for(seed: int, name: str, block: int, device: object = "cpu") -> Generator:
+def generator_for(seed: int, name: str, block: int, device: torch.device | str = "cpu") -> Generator:
     """The random numbers of one block of one tensor: they depend on nothing but these three."""
     import torch
     import xxhash

@@ -15,13 +15,18 @@ from conftest import save
 sys.path.insert(0, str(Path(__file__).parents[1] / "naming"))
 from tagged import from_canonical
 
-from weightops.naming.keymap import ARCHITECTURES, NETWORKS
+from weightops.naming.keymap import ARCHITECTURES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    # Its text encoders and pipelines, which the libraries import when they are first asked for.
+    _EAGER = (transformers.CLIPTextModel, diffusers.StableDiffusionXLPipeline, diffusers.StableDiffusionPipeline)
+torch.set_num_threads(1)
 
 # Widths are such that each configuration is the one that follows from shapes: heads of 64, groups of 32.
 _UNET = {"layers_per_block": 2, "sample_size": 8, "norm_num_groups": 32}
@@ -136,15 +141,48 @@ def single_file(name: str, pipe: Any) -> dict[str, Tensor]:
 
 
 def checkpoint(name: str, folder: Path, **unet: Any) -> tuple[Any, Path]:
-    """A pipeline, and a single file of it with what real files hold beside: a schedule, positions, a logit scale."""
+    """A pipeline, and a single file of it."""
     pipe = pipeline(name, folder, **unet)
     return pipe, save(folder / f"{name}.safetensors", single_file(name, pipe), {"format": "pt"})
 
 
+def words_of(pipe: Any, folder: Path) -> Path:
+    """A folder with the pipeline's tokenizers alone."""
+    for name in ("tokenizer", "tokenizer_2"):
+        if getattr(pipe, name, None) is not None:
+            getattr(pipe, name).save_pretrained(folder / name)
+    return folder
+
+
 def loaded(folder: Path, cls: str) -> Any:
-    """What the installed diffusers makes of the folder."""
+    """What the installed diffusers makes of the folder; its weights aligned in memory, as those of a new model are.
+
+    A matrix product may round otherwise where its operands lie otherwise, as they do within a mapped file.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = getattr(diffusers, cls).from_pretrained(folder, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
+            parameter.data = parameter.data.clone()
     return pipe
+
+
+def from_single_file(path: Path, cls: str, config: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(diffusers, cls).from_single_file(str(path), config=str(config), local_files_only=True)
+
+
+def image(pipe: Any) -> Any:
+    """Two steps, small."""
+    pipe.set_progress_bar_config(disable=True)
+    words = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "np"}
+    words["generator"] = torch.Generator().manual_seed(3)
+    if type(pipe).__name__ == PIPELINES["sdxl_refiner"]:
+        words |= {"image": torch.linspace(0, 1, 3 * 64 * 64).reshape(1, 3, 64, 64), "strength": 0.9}
+    else:
+        words |= {"height": 64, "width": 64}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pipe(**words).images

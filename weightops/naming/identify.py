@@ -46,6 +46,8 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("text_encoders.clip_g.", "text_encoder_2"),
     ("text_encoders.t5xxl.transformer.", "text_encoder_3"),
     ("text_encoders.t5xxl.", "text_encoder_3"),
+    ("text_encoders.umt5xxl.transformer.", "text_encoder"),
+    ("text_encoders.umt5xxl.", "text_encoder"),
     ("text_encoders.", "text_encoder"),
     ("text_encoder.", "text_encoder"),
     ("text_encoder_2.", "text_encoder_2"),

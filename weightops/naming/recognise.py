@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from weightops.naming.keymap import NETWORKS, Claim, Network, Sizes, Table, Variant, heights
@@ -63,13 +63,28 @@ def recognise(shapes: Mapping[str, Shape | None], roles: Iterable[str]) -> Match
         canonical = canonical_shapes(claims, shapes)
         if all(agrees(name, shape, network.needs) for name, shape in canonical):
             candidates.append((network, spelling, tuple(strangers), canonical))
-    chosen = candidates
-    if len(candidates) > 1:
-        chosen = [c for c in candidates if any(fits(v, c[3]) for v in c[0].variants)]
+    chosen = [c for c in candidates if any(fits(v, c[3]) for v in c[0].variants)]
+    if not chosen and len(candidates) == 1 and _has_an_end(candidates[0][0], {name for name, _ in candidates[0][3]}):
+        chosen = candidates
     if len(chosen) != 1:
         return Unsure(tuple(sorted(c[0].name for c in (chosen or candidates))))
     network, spelling, strangers_, canonical = chosen[0]
     return Match(network, spelling, variant_of(network, canonical), strangers_)
+
+
+def _once(variant: Variant) -> list[str]:
+    """What stands once in a model of this variant, before or after its blocks."""
+    return [name for name in variant.shapes if not any(word.isdecimal() or word == "{}" for word in name.split("."))]
+
+
+def _has_an_end(network: Network, names: Set[str]) -> bool:
+    """A model of a size of its own has one of these; a piece of something else, blocks alone, has none."""
+    return not network.variants or any(not names.isdisjoint(_once(v)) for v in network.variants)
+
+
+def _is_whole(variants: Sequence[Variant], names: Set[str]) -> bool:
+    """Are all tensors there that stand once in a model of one of these variants?"""
+    return not variants or any(names.issuperset(_once(v)) for v in variants)
 
 
 def _claims(table: Table, names: Iterable[str], allowed: int) -> tuple[dict[str, Claim], list[str]]:
@@ -99,7 +114,7 @@ def canonical_shapes(claims: Mapping[str, Claim], shapes: Mapping[str, Shape | N
         rule = claim.rule
         plain = len(claim.names) == 1 and not (rule.squared or rule.transposed)
         shape = shapes[key]
-        if len(claim.names) > 1 and shape is not None and not rule.transposed:
+        if len(claim.names) > 1 and shape and not rule.transposed:  # () is a scale that the parts have in common
             bands = heights(rule, shape[0], shape[1] if len(shape) > 1 else None)
             if bands is not None:
                 found.extend((name, (h, *shape[1:])) for name, h in zip(claim.names, bands, strict=True))
@@ -149,9 +164,11 @@ def variant_of(network: Network, canonical: Iterable[tuple[str, Shape | None]], 
     """The one variant that the shapes fit; `whole`: of a checkpoint, whose absent tensors say something too."""
     listed = list(canonical)
     names = {name for name, _ in listed}
+    # What a piece of a file lacks says nothing.
+    complete = whole and _is_whole(network.variants, names)
     found = []
     for variant in network.variants:
-        if whole and not (names.issuperset(variant.has) and names.isdisjoint(variant.lacks)):
+        if (whole and not names.isdisjoint(variant.lacks)) or (complete and not names.issuperset(variant.has)):
             continue
         named, checked = _spoken_of(variant, listed)
         if checked:

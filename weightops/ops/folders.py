@@ -13,6 +13,8 @@ from weightops.files.checkpoint import WEIGHTLESS, Checkpoint
 from weightops.naming.keymap import Count, Dim, Has, Which
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from weightops.naming.keymap import Architecture, Config, Network, Pipeline
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -162,15 +164,17 @@ def _alike(ours: Any, theirs: Any) -> bool:
 
 
 def component_config(
-    network: Network, more: Mapping[str, Any], shapes: Shapes, like: Checkpoint | None, path: str, label: str
+    network: Network, more: Mapping[str, Any], shapes: Shapes, like: Checkpoint | None, paths: Sequence[str], label: str
 ) -> bytes:
     """config.json of a component: that of `like`, which must not contradict the tensors, else what these say.
 
-    more: what goes before the network's own values. path: where it stands; in a folder of one component at its top.
+    more: what goes before the network's own values. paths: where it may stand in `like`.
     """
     config = None if network.config is None else replace(network.config, values={**network.config.values, **more})
-    theirs = like.json_beside(path) if like is not None else None
-    if like is not None and theirs is not None:
+    for path in paths:
+        theirs = like.json_beside(path) if like is not None else None
+        if like is None or theirs is None:
+            continue
         if config is not None:
             ours = config_values(config, shapes, label)
             refuse_contradictions(config, ours, theirs, where=f"{like.label} ({path})", what=label)

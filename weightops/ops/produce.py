@@ -20,10 +20,11 @@ from weightops.ops.verify import verify
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
+    from weightops.engine.run import Outcome
     from weightops.plan import Block, Plan
 
 # Metadata that speaks of the exact bytes of the file it came from; in any other file it would be a lie.
@@ -32,13 +33,14 @@ STALE_METADATA = frozenset({"modelspec.hash_sha256", "sshs_model_hash", "sshs_le
 
 @dataclass(slots=True)
 class Planned:
-    """A plan, and what is to be said about it."""
+    """A plan, and what is to be said about it. then: puts what the run found into the report."""
 
     plan: Plan
     account: Account
     summary: str
     groups: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    then: Callable[[Outcome, Report], None] | None = None
 
 
 def produce(
@@ -76,6 +78,8 @@ def produce(
     report.inputs = input_entries(plan.sources, outcome.hashes)
     report.bytes_read, report.bytes_written = outcome.bytes_read, outcome.bytes_written
     report.seconds, report.peak_memory_bytes = outcome.seconds, peak_memory_bytes()
+    if planned.then is not None:
+        planned.then(outcome, report)
     return report
 
 

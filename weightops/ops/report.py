@@ -55,7 +55,10 @@ class Account:
 
 @dataclass(slots=True)
 class Report:
-    """What a verb did. `summary` is one line in words; `groups` counts keys by component for the table."""
+    """What a verb did. `summary` is one line in words; `groups` counts keys by component for the table.
+
+    details: what only this verb has to say, by the JSON's own field names.
+    """
 
     command: str
     inputs: list[dict[str, Any]]
@@ -71,6 +74,7 @@ class Report:
     dry_run: bool = False
     verified: dict[str, Any] | None = None
     checked: dict[str, int] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document that scripts may rely on."""
@@ -100,7 +104,7 @@ class Report:
             found["verified"] = self.verified
         if self.checked is not None:
             found["checked"] = self.checked
-        return found
+        return found | self.details
 
 
 def tensors(count: int, what: str = "") -> str:

@@ -1,15 +1,34 @@
-"""GLoRA: ΔW = b1 b2 + (W a1) a2. Chavan et al. 2023, arXiv:2306.07967. Older LyCORIS files have the pairs reversed."""
+"""GLoRA: ΔW = b1 b2 + (W a1) a2. Chavan et al. 2023, arXiv:2306.07967. Older LyCORIS files have the pairs reversed.
 
-from weightops.lora.family import FAMILIES, Family, Shape, Shapes
+A and B are the paper's two supports, one for the weight and one for the sum; its C, D and E have no place in the files.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes, over_rank
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _reversed(shapes: Shapes) -> bool:
-    """Is b1 [rank, in] and b2 [out, rank], as LyCORIS wrote them before 3.0?"""
-    return shapes["b1"][0] == shapes["a1"][0] if shapes["b1"] and shapes["a1"] else False
+    """Is b1 [rank, in] and b2 [out, rank], as LyCORIS wrote them before 3.0?
+
+    Of a square weight both readings can be multiplied: then the rank is the shorter side, and the newer one if none is.
+    """
+    a1, a2, b1, b2 = (shapes[part] for part in ("a1", "a2", "b1", "b2"))
+    if min(map(len, (a1, a2, b1, b2))) < 2:
+        return False
+    older = b2[1] == b1[0] and a2[1] == a1[0]
+    newer = b1[1] == b2[0] and a1[1] == a2[0]
+    return older and (not newer or b1[0] < b1[1])
 
 
 def _rank(shapes: Shapes) -> int | None:
-    return shapes["b1"][0] if _reversed(shapes) else shapes["b2"][0]
+    down = shapes["b1"] if _reversed(shapes) else shapes["b2"]
+    return down[0] if down else None
 
 
 def _shape(shapes: Shapes) -> Shape | None:
@@ -19,4 +38,21 @@ def _shape(shapes: Shapes) -> Shape | None:
     return (b2[0], *b1[1:]) if _reversed(shapes) else (b1[0], *b2[1:])
 
 
-FAMILIES.register("glora", Family("glora", forms=(("a1", "a2", "b1", "b2"),), rank=_rank, shape=_shape))
+def _scale(p: Parts) -> float:
+    return over_rank(p.alpha, _rank(p.shapes))
+
+
+def _apply(weight: Tensor, p: Parts, rows: slice) -> Tensor:
+    """Row by row: W a1 mixes the inputs of each output. A kernel's window stays as it is."""
+    import torch
+
+    pairs = ("a2", "a1", "b2", "b1") if _reversed(p.shapes) else ("a1", "a2", "b1", "b2")
+    a1, a2, b1, b2 = (p[part].flatten(1) for part in pairs)
+    added = (b1[rows] @ b2).reshape(weight.shape)
+    mixed: Tensor = torch.einsum("or...,ri->oi...", torch.einsum("oi...,ir->or...", weight, a1), a2)
+    return weight + (added + mixed) * _scale(p)
+
+
+FAMILIES.register(
+    "glora", Family("glora", forms=(("a1", "a2", "b1", "b2"),), rank=_rank, shape=_shape, scale=_scale, apply=_apply)
+)

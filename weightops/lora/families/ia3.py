@@ -1,5 +1,29 @@
-"""IA3: a factor for each output, or each input, of a module. Liu et al. 2022, arXiv:2205.05638."""
+"""IA3: a factor for each output, or each input, of a module. Liu et al. 2022, arXiv:2205.05638.
 
-from weightops.lora.family import FAMILIES, Family
+LyCORIS stores the factor's distance from 1: W' = W·(1 + ia3).
+"""
 
-FAMILIES.register("ia3", Family("ia3", forms=(("ia3", "on_input"),)))
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _fits(shapes: Shapes, shape: Shape) -> bool:
+    """Which of the two sides it is, a number in the file says."""
+    return len(shape) > 1 and math.prod(shapes["ia3"]) in shape[:2]
+
+
+def _apply(weight: Tensor, p: Parts, rows: slice) -> Tensor:
+    ones = [1] * (weight.ndim - 2)
+    if p["on_input"].item():
+        return weight * (1 + p["ia3"].reshape(1, -1, *ones))
+    return weight * (1 + p["ia3"].reshape(-1, 1, *ones)[rows])
+
+
+FAMILIES.register("ia3", Family("ia3", forms=(("ia3", "on_input"),), fits=_fits, apply=_apply))

@@ -1,6 +1,16 @@
-"""LoHa: ΔW = (w1_a w1_b) ∘ (w2_a w2_b), of convolutions also with cores. Hyeon-Woo et al. 2021, arXiv:2108.06098."""
+"""LoHa: ΔW = (w1_a w1_b) ∘ (w2_a w2_b). Hyeon-Woo et al. 2021, arXiv:2108.06098 (FedPara); LyCORIS.
 
-from weightops.lora.family import FAMILIES, Family, Shape, Shapes
+For convolutions also with Tucker cores, one for each matrix: w_a [rank, out], w_b [rank, in], t [rank, rank, k, k].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes, over_rank
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _rank(shapes: Shapes) -> int | None:
@@ -12,14 +22,56 @@ def _shape(shapes: Shapes) -> Shape | None:
     if len(a) != 2 or len(b) != 2:
         return None
     if "hada_t1" in shapes:
-        # Tucker: w_a is [rank, out], w_b [rank, in].
         return (a[1], b[1], *shapes["hada_t1"][2:])
     return (a[0], b[1])
+
+
+def _scale(p: Parts) -> float:
+    return over_rank(p.alpha, _rank(p.shapes))
+
+
+def _factor(p: Parts, a: str, b: str, t: str, rows: slice) -> tuple[Tensor, Tensor]:
+    """One of the two matrices that are multiplied, as a product: [rows, rank] and [rank, in·k·k]."""
+    import torch
+
+    if t in p:
+        return p[a].T[rows], torch.einsum("pq...,qi->pi...", p[t], p[b]).flatten(1)
+    return p[a][rows], p[b]
+
+
+def _factors(p: Parts, rows: slice) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    first = _factor(p, "hada_w1_a", "hada_w1_b", "hada_t1", rows)
+    return first, _factor(p, "hada_w2_a", "hada_w2_b", "hada_t2", rows)
+
+
+def _delta(p: Parts, rows: slice) -> Tensor:
+    (a1, b1), (a2, b2) = _factors(p, rows)
+    return (((a1 * _scale(p)) @ b1) * (a2 @ b2)).reshape(len(a1), *p.shape[1:])
+
+
+def _lowrank(p: Parts) -> tuple[Tensor, Tensor]:
+    """Rank² columns: (a1 b1) ∘ (a2 b2) = (a1 • a2)(b1 * b2), all products of two values of a row (• of a column, *).
+
+    Source: Khatri & Rao 1968; Slyusar 1998, the face-splitting product.
+    """
+    (a1, b1), (a2, b2) = _factors(p, slice(None))
+    up = (a1 * _scale(p))[:, :, None] * a2[:, None, :]
+    down = b1[:, None, :] * b2[None, :, :]
+    return up.flatten(1), down.flatten(0, 1)
 
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 FAMILIES.register(
     "loha",
-    Family("loha", forms=(_FACTORS, (*_FACTORS, "hada_t1", "hada_t2")), rank=_rank, shape=_shape,
-           rows=("hada_w1_a", "hada_w2_a"), flat=True),
-)  # fmt: skip
+    Family(
+        "loha",
+        forms=(_FACTORS, (*_FACTORS, "hada_t1", "hada_t2")),
+        rank=_rank,
+        shape=_shape,
+        rows=("hada_w1_a", "hada_w2_a"),
+        flat=True,
+        scale=_scale,
+        delta=_delta,
+        lowrank=_lowrank,
+    ),
+)

@@ -1,6 +1,17 @@
-"""LoKr: ΔW = w1 ⊗ w2, each whole or a product, w2 also with a core. Edalati et al. 2022, arXiv:2212.10650."""
+"""LoKr: ΔW = w1 ⊗ w2. Edalati et al. 2022, arXiv:2212.10650 (KronA); LyCORIS.
 
-from weightops.lora.family import FAMILIES, Family, Shape, Shapes
+Each factor is whole or a product, w2 also with a Tucker core. Of a convolution, ΔW flattened to [out, in·k·k] is
+w1 ⊗ w2 with w2 flattened to [out2, in2·k·k]: the kernel is innermost in both.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes, over_rank
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _rank(shapes: Shapes) -> int | None:
@@ -36,6 +47,66 @@ def _shape(shapes: Shapes) -> Shape | None:
     return (first[0] * second[0], first[1] * second[1], *second[2:])
 
 
+def _scale(p: Parts) -> float:
+    """alpha / rank; 1 where both factors are whole, whatever alpha says, unless the trainer's rank is named.
+
+    LyCORIS, ComfyUI and diffusers take 1, and LyCORIS writes alpha = its network_dim there. PEFT scales by alpha / r.
+    """
+    rank = _rank(p.shapes)
+    return over_rank(p.alpha, rank if rank is not None else p.full_rank)
+
+
+def _left(p: Parts) -> tuple[Tensor, Tensor]:
+    """w1 as a product; a whole w1 is one with I, on its shorter side."""
+    return _split(p["lokr_w1"]) if "lokr_w1" in p else (p["lokr_w1_a"], p["lokr_w1_b"])
+
+
+def _right(p: Parts) -> tuple[Tensor, Tensor] | None:
+    """w2 [out2, in2·k·k] as a product, the core multiplied in; None: it is whole."""
+    import torch
+
+    if "lokr_w2" in p:
+        return None
+    a, b = p["lokr_w2_a"], p["lokr_w2_b"]
+    if "lokr_t2" in p:
+        return a.T, torch.einsum("pq...,qi->pi...", p["lokr_t2"], b).flatten(1)
+    return a, b.flatten(1)
+
+
+def _split(whole: Tensor) -> tuple[Tensor, Tensor]:
+    import torch
+
+    unit = torch.eye(min(whole.shape), dtype=whole.dtype, device=whole.device)
+    return (whole, unit) if whole.shape[1] <= whole.shape[0] else (unit, whole)
+
+
+def _delta(p: Parts, rows: slice) -> Tensor:
+    """Row o of ΔW is row o // out2 of w1 times row o % out2 of w2, each value with each."""
+    import torch
+
+    w1 = p["lokr_w1"] if "lokr_w1" in p else p["lokr_w1_a"] @ p["lokr_w1_b"]
+    product = _right(p)
+    w2 = p["lokr_w2"].flatten(1) if product is None else product[0]
+    wanted = torch.arange(p.shape[0], device=w1.device)[rows]
+    first, second = wanted // len(w2), wanted % len(w2)
+    if product is None:
+        w2 = w2[second]
+    elif len(wanted) < len(w2):  # a low band meets few rows of w2, a tall one meets them all, again and again
+        w2 = w2[second] @ product[1]
+    else:
+        w2 = (w2 @ product[1])[second]
+    return ((w1 * _scale(p))[first, :, None] * w2[:, None, :]).reshape(len(wanted), *p.shape[1:])
+
+
+def _lowrank(p: Parts) -> tuple[Tensor, Tensor]:
+    """(a1 b1) ⊗ (a2 b2) = (a1 ⊗ a2)(b1 ⊗ b2): the mixed-product property. The rank is the product of both."""
+    import torch
+
+    a1, b1 = _left(p)
+    a2, b2 = _right(p) or _split(p["lokr_w2"].flatten(1))
+    return torch.kron(a1 * _scale(p), a2.contiguous()), torch.kron(b1, b2)
+
+
 FAMILIES.register(
     "lokr",
     Family(
@@ -53,5 +124,8 @@ FAMILIES.register(
         rows=("lokr_w1", "lokr_w1_a"),
         uniform_rows=True,
         flat=True,
+        scale=_scale,
+        delta=_delta,
+        lowrank=_lowrank,
     ),
 )

@@ -1,0 +1,159 @@
+"""fuse: LoRAs, of any family and dialect, into a checkpoint of any architecture and spelling, in one pass over it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+from weightops.engine.chunks import DEFAULT_MEMORY, smallest_memory
+from weightops.engine.run import Outcome, Progress, ignore
+from weightops.errors import UsageError, quote
+from weightops.files.checkpoint import open_checkpoint
+from weightops.merging.rounding import ROUNDINGS
+from weightops.ops.fuse_plan import Wish, plan_fuse
+from weightops.ops.produce import check_words, named, produce, stem
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from weightops.ops.changes import Survival
+    from weightops.ops.report import Report
+
+# A matrix that is needed whole takes more than bands do; this much is taken for it unasked.
+LARGEST_DEFAULT = 512 << 20
+
+_STRENGTH = re.compile(r"(?P<file>.+):(?P<strength>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
+
+
+def fuse(
+    checkpoint: str | os.PathLike[str],
+    *loras: str | os.PathLike[str] | tuple[str | os.PathLike[str], float],
+    output: str | os.PathLike[str] | None = None,
+    text_encoder: float | None = None,
+    dtype: str = "keep",
+    rounding: str = "nearest",
+    seed: int = 0,
+    strict: bool = False,
+    allow_nonfinite: bool = False,
+    memory: int | None = None,
+    threads: int | None = None,
+    device: str = "auto",
+    force: bool = False,
+    dry_run: bool = False,
+    check: bool = False,
+    on_progress: Progress = ignore,
+) -> Report:
+    """Write `checkpoint` with LoRAs in it to the file `output` (None: a name built from theirs).
+
+    loras: files, or "file:0.8", or (file, 0.8): a strength of s adds s·ΔW, whatever the family, rank and alpha; where
+    a family is no addition (DoRA, OFT, …) it is W + s·(W' − W), W' always from the original W. text_encoder: the
+    strength of all LoRAs in text encoders, in place of their own. dtype: keep, or what floating tensors become.
+    rounding: nearest, or stochastic, drawn from `seed`. strict: refuse where a key of a LoRA is not used. memory:
+    bytes in flight (None: 128 MiB, and up to 512 MiB for a matrix that is needed whole). Raises WeightopsError.
+
+    The report's `details["modules"]` says for each module how much of what was meant the rounding left (`survived`),
+    and how far the result is off, relative to it (`residual`).
+    """
+    check_words(dtype, ())
+    if rounding not in ROUNDINGS:
+        raise UsageError("--rounding", f"found {quote(rounding)}, expected {' or '.join(ROUNDINGS)}")
+    if not loras:
+        raise UsageError("fuse", "found no LoRA, expected one or more after the checkpoint")
+    asked = [parse(lora) for lora in loras]
+    if text_encoder is not None and not math.isfinite(text_encoder):
+        raise UsageError("--text-encoder", f"found {text_encoder}, expected a finite number")
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(open_checkpoint(checkpoint))
+        files = [stack.enter_context(open_checkpoint(file)) for file, _ in asked]
+
+        def strength(number: int, component: str, _module: str) -> float:
+            of_text = component.startswith("text_encoder") and text_encoder is not None
+            return text_encoder if of_text and text_encoder is not None else asked[number][1]
+
+        said: dict[str, Any] = {"strengths": [s for _, s in asked], "text_encoder": text_encoder, "rounding": rounding}
+        if rounding == "stochastic":
+            said["seed"] = seed
+        wish = Wish(strength, dtype, seed if rounding == "stochastic" else None, strict, allow_nonfinite, said)
+        planned, modules = plan_fuse(opened, files, wish)
+        planned.summary = _in_words(stem(opened), [(stem(f), s) for f, (_, s) in zip(files, asked, strict=True)])
+        target = named(output, "+".join([stem(opened)[:60], *(stem(f)[:60] for f in files)]))
+
+        def then(outcome: Outcome, report: Report) -> None:
+            _say_what_survived(outcome, modules, rounding, report)
+
+        planned.then = then
+        if memory is None:
+            memory = max(DEFAULT_MEMORY, min(LARGEST_DEFAULT, 2 * smallest_memory(planned.plan)[0]))
+        return produce(
+            "fuse", planned, target, memory=memory, device=device, threads=threads,
+            force=force, dry_run=dry_run, check=check, on_progress=on_progress,
+        )  # fmt: skip
+
+
+def parse(lora: str | os.PathLike[str] | tuple[str | os.PathLike[str], float]) -> tuple[str | os.PathLike[str], float]:
+    """FILE[:STRENGTH] as a file and a number; a Windows drive letter is no strength."""
+    if isinstance(lora, tuple):
+        file, strength = lora
+    else:
+        file, strength = lora, 1.0
+        found = _STRENGTH.fullmatch(lora) if isinstance(lora, str) else None
+        if found is not None:
+            file, strength = found["file"], float(found["strength"])
+    if not math.isfinite(strength):
+        raise UsageError(str(file), f"found strength {strength}, expected a finite number")
+    return file, strength
+
+
+def _in_words(base: str, loras: Sequence[tuple[str, float]]) -> str:
+    return base + "".join(f" {'+' if s >= 0 else '−'} {abs(s):.6g} × {name}" for name, s in loras)
+
+
+# ------------------------------------------------------------------------------------------------ what survived
+
+
+def _say_what_survived(outcome: Outcome, modules: Sequence[str], rounding: str, report: Report) -> None:
+    """Each module's figures into the report, and all of them in one line."""
+    rows: list[dict[str, Any]] = []
+    total = [0.0] * 5
+    for number, name in enumerate(modules):
+        values: list[Survival] = outcome.values.get(number, [])
+        meant, along = math.fsum(v.meant for v in values), math.fsum(v.along for v in values)
+        off, weight = math.fsum(v.off for v in values), math.fsum(v.weight for v in values)
+        if not meant:
+            rows.append(
+                {"name": name, "delta_norm": 0.0, "weight_norm": math.sqrt(weight), "survived": None, "residual": None}
+            )
+            continue
+        rows.append({
+            "name": name, "delta_norm": math.sqrt(meant), "weight_norm": math.sqrt(weight),
+            "survived": along / meant, "residual": math.sqrt(off / meant),
+        })  # fmt: skip
+        beside_along = math.fsum(v.other[0] if v.other is not None else v.along for v in values)
+        beside_off = math.fsum(v.other[1] if v.other is not None else v.off for v in values)
+        total = [a + b for a, b in zip(total, (meant, along, off, beside_along, beside_off), strict=True)]
+    report.details["modules"] = rows
+    if total[0]:
+        report.details["survived"] = total[1] / total[0]
+        report.details["residual"] = math.sqrt(total[2] / total[0])
+        report.details["line"] = _line(rows, total, rounding)
+
+
+def _line(rows: Sequence[dict[str, Any]], total: Sequence[float], rounding: str) -> str:
+    meant, along, off, beside, _ = total
+    low = [r for r in rows if r["survived"] is not None and r["survived"] < 0.9]
+    said = f"{_percent(along / meant)} of the LoRA survived the rounding, residual {_percent(math.sqrt(off / meant))}"
+    if low:
+        worst = min(r["survived"] for r in low)
+        said += f"; in {len(low):,} of {len(rows):,} tensors less than 90 %, down to {_percent(worst)}"
+        if beside / meant > along / meant + 0.005:
+            said += f". A wider --dtype keeps {_percent(beside / meant)}"
+        if rounding == "nearest":
+            said += "; --rounding stochastic keeps all of it on average, with more noise"
+    return said
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}".replace("%", " %")

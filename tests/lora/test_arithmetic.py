@@ -308,17 +308,14 @@ def cases() -> Iterator[Case]:
     yield from lyc("oft", "BOFT", ButterflyOFTModule, out=32, lora_dim=4)
     yield from lyc("oft", "BOFT, rescale", ButterflyOFTModule, out=32, lora_dim=8, constraint=2**-8, rescaled=True)
     yield from lyc("full", "diff, diff_b", FullModule)
-    yield Case("norm", "LayerNorm", functools.partial(norms, nn.LayerNorm))
+    layer_norm = functools.partial(norms, nn.LayerNorm)
+    yield Case("norm", "LayerNorm", layer_norm)
     yield Case("norm", "GroupNorm", functools.partial(norms, functools.partial(nn.GroupNorm, 4)))
-    for part, make in (
-        ("diff", functools.partial(lycoris, FullModule, "conv2d")),
-        ("w_norm", functools.partial(norms, nn.LayerNorm)),
-    ):
-        yield Case("full" if part == "diff" else "norm", f"{part} alone", functools.partial(alone, make, part))
-    yield Case(
-        "full", "diff_b alone", functools.partial(alone, functools.partial(lycoris, FullModule, "linear"), "diff_b")
-    )
-    yield Case("norm", "b_norm alone", functools.partial(alone, functools.partial(norms, nn.LayerNorm), "b_norm"))
+    full = functools.partial(lycoris, FullModule, "conv2d")
+    yield Case("full", "diff alone", functools.partial(alone, full, "diff"))
+    yield Case("full", "diff_b alone", functools.partial(alone, full, "diff_b"))
+    yield Case("norm", "w_norm alone", functools.partial(alone, layer_norm, "w_norm"))
+    yield Case("norm", "b_norm alone", functools.partial(alone, layer_norm, "b_norm"))
 
     # PEFT: https://github.com/huggingface/peft
     lora = functools.partial(LoraConfig, r=4, lora_alpha=2)
@@ -333,7 +330,10 @@ def cases() -> Iterator[Case]:
     yield from hugging("loha", "LoHa", loha, flat, alpha=3.0, rank=2)
     yield from hugging("lokr", "LoKr", lokr, flat, alpha=3.0, rank=2)
     yield from hugging("lokr", "LoKr of both", both, flat, alpha=3.0, rank=2)
-    yield from hugging("lokr", "LoKr, whole", whole, flat, alpha=3.0, ours={"full_rank": 8})
+    # Not its whole factors for conv1d, whose ⊗ takes the kernel's axis for the inputs' (PEFT 0.21.2, lokr/layer.py).
+    yield from hugging(
+        "lokr", "LoKr, whole", whole, ("linear", "conv2d", "conv2d 1x1"), alpha=3.0, ours={"full_rank": 8}
+    )
     core = {"kinds": ("conv1d", "conv2d"), "alpha": 3.0, "rank": 2}
     yield from hugging("loha", "LoHa, cores", functools.partial(loha, use_effective_conv2d=True), **core)
     yield from hugging("lokr", "LoKr, core", functools.partial(lokr, use_effective_conv2d=True), **core)
@@ -411,13 +411,11 @@ def test_rank_and_shape_follow_from_the_shapes_alone(case: Case) -> None:
     shape = tuple(made.weight.shape)
     assert family.rank(shapes) == made.rank
     found = family.shape(shapes)
-    if found is not None:
-        assert found == shape or (family.flat and found == (shape[0], math.prod(shape[1:])))
+    if found is not None:  # PEFT's cores for conv1d have a second, idle axis
+        assert found == shape or (family.flat and (found[0], math.prod(found)) == (shape[0], math.prod(shape)))
     assert can_change(family, shapes, shape)
     if not family.sets:
-        assert not can_change(family, shapes, (shape[0] + 1, *shape[1:]))
-        if len(shape) > 1 and family.changes_weight(shapes) and case.name.partition(",")[0] != "IA3 of outputs":
-            assert can_change(family, shapes, (shape[0], shape[1] + 1, *shape[2:])) == (case.family == "oft")
+        assert not can_change(family, shapes, tuple(n + 1 for n in shape))
 
 
 @every_weight
@@ -437,6 +435,21 @@ def test_bands_of_rows_are_the_rows_of_the_whole(case: Case) -> None:
         assert change(family, parts, weight[3:3], 0.7, slice(3, 3)).shape == (0, *shape[1:])
 
 
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.id == "lokr: w1, w2, conv2d" or c.family in ("full", "ia3", "norm", "set")],
+    ids=lambda case: case.id,
+)
+def test_what_is_made_value_by_value_does_not_depend_on_the_bands_to_the_bit(case: Case) -> None:
+    made, family = case.made(), family_of(case)
+    parts, weight = made.given(torch.float32), made.weight.float()
+    for strength in (1.0, 0.3):
+        whole = change(family, parts, weight, strength)
+        for height in (1, 5, 7):
+            bands = [slice(start, start + height) for start in range(0, len(weight), height)]
+            assert torch.equal(torch.cat([change(family, parts, weight[b], strength, b) for b in bands]), whole)
+
+
 @every_weight
 def test_a_delta_of_rows_has_only_these_rows(case: Case) -> None:
     made, family = case.made(), family_of(case)
@@ -452,7 +465,7 @@ def test_a_delta_of_rows_has_only_these_rows(case: Case) -> None:
 
 @every_weight
 def test_the_factors_multiply_to_the_delta(case: Case) -> None:
-    """Up and down are exact, whatever the family; their rank is at least that of the change."""
+    """Up and down are exact, whatever the family, and have no more columns than the change has rank."""
     made, family = case.made(), family_of(case)
     if family.lowrank is None:
         assert family.delta is None or case.family in ("full", "norm")
@@ -463,7 +476,7 @@ def test_the_factors_multiply_to_the_delta(case: Case) -> None:
     delta = family.delta(parts, slice(None)).flatten(1)
     assert up.shape[1] == down.shape[0]
     close(up @ down, delta, 1e-13)
-    assert torch.linalg.matrix_rank(delta) <= up.shape[1]
+    assert torch.linalg.matrix_rank(delta) == min(up.shape[1], *delta.shape)
     if case.family in ("lora", "loha"):
         assert up.shape[1] == (made.rank or 0) ** {"lora": 1, "loha": 2}[case.family]
 
@@ -471,7 +484,7 @@ def test_the_factors_multiply_to_the_delta(case: Case) -> None:
 @every_weight
 def test_strength_is_the_way_from_w_to_w_changed(case: Case) -> None:
     made, family = case.made(), family_of(case)
-    parts, weight = made.given(torch.float64), made.weight
+    parts, weight = made.given(torch.float64), made.weight.double()
     assert torch.equal(change(family, parts, weight, 0.0), weight)
     whole = change(family, parts, weight, 1.0)
     for strength in (0.25, 0.5, 0.8, -1.0, 2.5):
@@ -489,10 +502,24 @@ def test_what_is_added_can_be_taken_away(case: Case) -> None:
         close(change(family, parts, there, -strength), weight, 1e-6, there)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this torch sees no CUDA device")
+@every_weight
+def test_a_gpu_comes_to_the_same(case: Case) -> None:
+    made, family = case.made(), family_of(case)
+    for dtype, tolerance in TOLERANCE.items():
+        parts, weight = made.given(dtype), made.weight.to(dtype)
+        there = replace(parts, tensors={part: tensor.cuda() for part, tensor in parts.tensors.items()})
+        found = change(family, there, weight.cuda(), 0.7)
+        assert found.is_cuda
+        close(found.cpu(), change(family, parts, weight, 0.7), tolerance)
+
+
 @every_case
 def test_no_tensor_that_is_handed_in_is_changed(case: Case) -> None:
     made, family = case.made(), family_of(case)
-    parts, weight, bias = made.given(torch.float32), made.weight.float(), made.bias
+    parts, weight = made.given(torch.float32), made.weight.float()
+    bias = None if made.bias is None else made.bias.float()
     before = [t.clone() for t in (weight, *parts.tensors.values())]
     change(family, parts, weight, 0.5)
     change_bias(family, parts, bias, 0.5)
@@ -517,8 +544,8 @@ def test_a_family_says_what_it_does(name: str) -> None:
 @every_case
 def test_a_bias_moves_by_the_strength(case: Case) -> None:
     made, family = case.made(), family_of(case)
-    parts, bias = made.given(torch.float64), made.bias
-    assert bias is not None
+    assert made.bias is not None
+    parts, bias = made.given(torch.float64), made.bias.double()
     whole = change_bias(family, parts, bias, 1.0)
     found = change_bias(family, parts, bias, 0.25)
     assert whole is not None
@@ -697,8 +724,8 @@ def test_rotations_keep_lengths(case: Case) -> None:
     if "rescale" in case.name:
         return
     made = case.made()
-    found = change(family_of(case), made.given(torch.float64), made.weight, 1.0)
-    close(found.norm(), made.weight.norm(), 1e-12)
+    found = change(family_of(case), made.given(torch.float64), made.weight.double(), 1.0)
+    close(found.norm(), made.weight.double().norm(), 1e-12)
 
 
 def test_lora_is_what_diffusers_fuses() -> None:
@@ -717,10 +744,9 @@ def test_lora_is_what_diffusers_fuses() -> None:
     for name, weight in weights.items():
         up = torch.randn(weight.shape[0], 3, *[1] * (weight.ndim - 2))
         parts[name] = Parts({"up": up, "down": torch.randn(3, *weight.shape[1:])}, 2.0, tuple(weight.shape))
-        state |= {f"{name}.lora_B.weight": up, f"{name}.lora_A.weight": parts[name]["down"]}
-        state[f"{name}.alpha"] = torch.tensor(2.0)
-    alphas = {f"{name}.alpha": state.pop(f"{name}.alpha") for name in names}
-    unet.load_lora_adapter(dict(state), prefix=None, network_alphas=alphas)
+        state |= {f"unet.{name}.lora_B.weight": up, f"unet.{name}.lora_A.weight": parts[name]["down"]}
+    alphas = {f"unet.{name}.alpha": 2.0 for name in names}
+    unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas)
     unet.fuse_lora(lora_scale=0.7)
     for name, weight in weights.items():
         fused = unet.get_submodule(name).base_layer.weight.detach()

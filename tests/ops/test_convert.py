@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,3 +119,99 @@ def test_the_default_name_is_the_inputs_own(tmp_path: Path, monkeypatch: pytest.
     torch.save({"w": torch.ones(2)}, tmp_path / "deep" / "model.ckpt")
     assert convert("deep/model.ckpt").output == "model.safetensors"
     assert (tmp_path / "model.safetensors").is_file()
+
+
+# ------------------------------------------------------------------------------------------------ words and names
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        ({"to": "diffuser"}, "--to: unknown layout 'diffuser'", "known are original, diffusers, comfy"),
+        (
+            {"to": "original", "prediction": "v"},
+            "--prediction: unknown word 'v'",
+            "known are epsilon, v_prediction",
+        ),
+        ({"prediction": "epsilon"}, "--prediction: says something only with --to", None),
+        ({"like": "x"}, "--like: says something only with --to diffusers", None),
+        ({"to": "comfy", "no_tokenizer": True}, "--no-tokenizer: says something only with --to diffusers", None),
+        ({"shard_size": 0}, "--shard-size: found 0, expected a number of bytes", None),
+    ],
+    ids=str,
+)
+def test_words_that_mean_nothing_are_wrong_use(
+    words: dict[str, Any], message: str, hint: str | None, tmp_path: Path
+) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(UsageError) as caught:
+        convert(tmp_path / "a.safetensors", **words)
+    assert (str(caught.value), caught.value.hint) == (message, hint)
+
+
+def unet() -> dict[str, torch.Tensor]:
+    """As much of a UNet as it takes to be known."""
+    return {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.ones(4, 4, 3, 3),
+        "model.diffusion_model.input_blocks.1.1.proj_in.weight": torch.ones(4, 4, 1, 1),
+        "model.diffusion_model.input_blocks.1.1.proj_in.bias": torch.ones(4),
+        "model.diffusion_model.input_blocks.10.0.in_layers.2.weight": torch.ones(4, 4, 3, 3),
+    }
+
+
+def test_each_layout_has_a_default_name_that_is_never_the_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file(unet(), "v1.5.safetensors")
+    torch.save(unet(), "old.ckpt")
+    before = Path("v1.5.safetensors").read_bytes()
+    assert convert("v1.5.safetensors", to="original").output == "v1.5-original.safetensors"
+    assert convert("v1.5.safetensors", to="comfy").output == "v1.5-comfy.safetensors"
+    assert convert("old.ckpt", to="original").output == "old.safetensors"
+    assert convert("v1.5.safetensors", shard_size=100).output == "v1.5-sharded"
+    assert Path("v1.5.safetensors").read_bytes() == before
+
+
+def test_a_folder_is_named_as_one_and_a_file_as_one(tmp_path: Path) -> None:
+    save_file(unet(), tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match=r"the output's name must end in \.safetensors"):
+        convert(tmp_path / "a.safetensors", to="original", output=tmp_path / "b")
+    with pytest.raises(UsageError, match=r"its name must not end in \.safetensors"):
+        convert(tmp_path / "a.safetensors", shard_size=100, output=tmp_path / "b.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------ shards, --check
+
+
+def test_names_stay_in_shards_and_the_shards_can_be_opened(tmp_path: Path) -> None:
+    given = {name: torch.rand(10) for name in "abcde"}
+    save_file(given, tmp_path / "a.safetensors", {"of": "mine"})
+    report = convert(tmp_path / "a.safetensors", output=tmp_path / "out", shard_size=80, check=True)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        *(f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)), "model.safetensors.index.json",
+    ]  # fmt: skip
+    assert report.summary == "a, as it is, in 3 safetensors files"
+    assert report.checked == {"tensors": 5, "bytes": 200}
+    with open_checkpoint(tmp_path / "out") as opened:
+        assert (opened.container, opened.metadata["of"]) == ("shards", "mine")
+    convert(tmp_path / "out", output=tmp_path / "back.safetensors", check=True)
+    found = load_file(tmp_path / "back.safetensors")
+    assert found.keys() == given.keys()
+    assert all(torch.equal(found[name], given[name]) for name in given)
+
+
+def test_one_shard_is_a_folder_with_one_file(tmp_path: Path) -> None:
+    save_file({"a": torch.rand(10)}, tmp_path / "a.safetensors")
+    report = convert(tmp_path / "a.safetensors", output=tmp_path / "out", shard_size=1 << 30, check=True)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    assert report.summary == "a, as it is, in 1 safetensors file"
+
+
+def test_a_check_reads_every_dtype_and_every_container(tmp_path: Path) -> None:
+    given = {"f": torch.rand(3, 5), "i": torch.arange(4), "e": torch.zeros(0, 3), "s": torch.tensor(7.0)}
+    torch.save({"t": given["f"].T, **given}, tmp_path / "m.ckpt")  # one of them with strides
+    report = convert(tmp_path / "m.ckpt", output=tmp_path / "out.safetensors", check=True, verify=True)
+    assert report.checked == {"tensors": 5, "bytes": 60 + 60 + 32 + 4}
+    assert report.to_dict()["checked"] == report.checked
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["t"], given["f"].T)

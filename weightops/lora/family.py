@@ -159,9 +159,9 @@ def change(family: Family, parts: Parts, weight: Tensor, strength: float, rows: 
     Where the adapter is wider than W (reshape_weight, set), W is padded with zeros first.
     Raises MismatchError where the shapes do not fit.
 
-    A row's products are the same whatever other rows are asked for, but their sums are the BLAS library's: a matrix
-    product may block bands of other heights differently, and differ in the last bits. Elementwise families agree to
-    the bit. Ask for bands whose height follows from the shape alone.
+    Which other rows are asked for does not matter, but for the last bits of a matrix product, which a BLAS library may
+    add up in another order for another height: ask for bands whose height follows from the shape alone. What is made
+    value by value (full, norm, set, IA3, LoKr of whole factors) agrees to the bit.
     """
     if not family.changes_weight(parts.tensors):
         return weight
@@ -170,13 +170,13 @@ def change(family: Family, parts: Parts, weight: Tensor, strength: float, rows: 
     if family.delta is not None:
         delta = family.delta(parts, rows)
         if "dora_scale" not in parts:
-            return weight.add(delta, alpha=strength)
+            return weight + delta * strength
         changed = decompose(weight + delta, parts["dora_scale"], parts.shape, rows)
     elif family.apply is not None and "dora_scale" not in parts:
         changed = family.apply(weight, parts, rows)
     else:
         raise MismatchError("", f"a magnitude (dora_scale) beside {family.name} has no meaning that two tools share")
-    return weight.lerp(changed, strength)  # exactly W at 0, and W' at 1
+    return _towards(weight, changed, strength)
 
 
 def change_bias(family: Family, parts: Parts, bias: Tensor | None, strength: float) -> Tensor | None:
@@ -188,7 +188,14 @@ def change_bias(family: Family, parts: Parts, bias: Tensor | None, strength: flo
         return own if family.sets else own * strength
     if bias.shape != own.shape:
         raise MismatchError("", f"the adapter changes a bias of {list(own.shape)}, and this one is {list(bias.shape)}")
-    return bias.lerp(own, strength) if family.sets else bias.add(own, alpha=strength)
+    return _towards(bias, own, strength) if family.sets else bias + own * strength
+
+
+def _towards(start: Tensor, end: Tensor, strength: float) -> Tensor:
+    """Exactly `start` at 0, and `end` at 1."""
+    # Not torch.lerp, nor add with alpha: vectorised, they fuse what they do not at the end of a buffer, and a value's
+    # last bit would depend on its place in the band.
+    return end if strength == 1 else start + (end - start) * strength
 
 
 def decompose(weight: Tensor, magnitude: Tensor, shape: Shape, rows: slice) -> Tensor:

@@ -6,7 +6,6 @@ The one home of low-rank algebra: tensors in, tensors out. It knows no file, no 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +13,8 @@ from weightops.errors import ValueRefused
 from weightops.lora.rank import RankRule
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     import torch
     from torch import Tensor
 
@@ -27,8 +28,10 @@ _OVERSAMPLING = 8  # and up to the next multiple of 16, which a matrix product t
 _ITERATIONS = 12  # after which the exact method takes over
 _NARROW = 4  # a matrix with fewer rows or columns than so many subspaces is factorised exactly: that is faster
 _CHUNK = 1 << 20  # values that are held in float64 at a time
+_CACHED = 1 << 16  # so many stay in a core's cache
 # Below this share of the squared norm the difference of two float32 energies tells too little.
 _DOUBLE = 1e-5
+_ROUNDING = 1e-14  # what float32 cannot hold of a matrix, as a share of the squared norm
 # float64 Gram matrices square the condition: singular values below this, of the product of the factors' norms, lose
 # more than six digits, and QR takes over.
 _GRAM_LIMIT = 1e-5
@@ -123,20 +126,30 @@ def norm(a: LowRank) -> float:
 
 
 class _Core(NamedTuple):
-    """The singular value decomposition of u @ d: unit vectors u' @ left and right @ d', for bases u' and d'."""
+    """The singular value decomposition of u @ d: left_basis @ left and right @ right_basis are the unit vectors.
+
+    limit: singular values below it are not to be trusted.
+    """
 
     values: Tensor
     left_basis: Tensor
     left: Tensor
     right: Tensor
     right_basis: Tensor
+    limit: float
     method: str
+
+    def trusted(self, rank: int) -> bool:
+        return rank == 0 or float(self.values[rank - 1]) >= self.limit
 
 
 def singular_values(lowrank: LowRank) -> tuple[float, ...]:
     """All singular values of ΔW, largest first, min(out, rank, n) of them; those that rounding made are zero."""
     up, down = _thin(lowrank)
-    return tuple(_decompose(up, down, up.shape[1]).values.tolist())
+    core = _by_gram(up, down)
+    if not core.trusted(len(core.values)):
+        core = _by_qr(up, down)
+    return tuple(core.values.tolist())
 
 
 def truncate(lowrank: LowRank, rule: RankRule | int) -> Factorised:
@@ -146,21 +159,305 @@ def truncate(lowrank: LowRank, rule: RankRule | int) -> Factorised:
     largest magnitude is positive. A rule that asks for more than there is keeps what there is.
 
     In float64. The eigenvectors of the factors' Gram matrices are 2 to 5 times as fast as QR of both factors and
-    the SVD of the core; they square the condition, so that QR takes over where a value that is kept lies below
-    1e-5 ‖up‖‖down‖: factors that nearly cancel, or that have fewer ranks than it seems.
-    Source: Eckart & Young 1936 (optimality); QR recompression of a factored matrix.
+    the SVD of the core, but square the condition: QR takes over where a value that is kept is below 1e-5 ‖up‖‖down‖,
+    as of factors that nearly cancel, or that have fewer ranks than it seems.
+    Source: Eckart & Young 1936 (optimality); QR recompression of a factored matrix. Raises ValueRefused.
     """
     rule = RankRule("rank", rule) if isinstance(rule, int) else rule
     up, down = _thin(lowrank)
     out, n = lowrank.shape
-    core = _decompose(up, down, 0)
-    energy = float(core.values.square().sum())
-    rank = rule.choose(core.values.tolist(), out, n, energy)
-    trusted = _decompose(up, down, rank)
-    if trusted.method != core.method:
-        core, energy = trusted, float(trusted.values.square().sum())
-        rank = rule.choose(core.values.tolist(), out, n, energy)
+    for decompose in (_by_gram, _by_qr):
+        core = decompose(up, down)
+        energies = core.values.square()
+        rank = rule.choose(core.values.tolist(), out, n, float(energies.sum()))
+        if core.trusted(rank):
+            break
     half = core.values[:rank].sqrt()
     left = core.left_basis @ (core.left[:, :rank] * half)
     right = (half[:, None] * core.right[:rank]) @ core.right_basis
-    return _report(left, right, core.values, rank, energy, lowrank.up.dtype, core.method)
+    return _report(left, right, core.values[:rank], float(energies[rank:].sum()), lowrank.up, core.method)
+
+
+def _thin(lowrank: LowRank) -> tuple[Tensor, Tensor]:
+    """The factors in float64, of rank min(out, n) at most: where there are more ranks, one of them is the identity."""
+    import torch
+
+    up, down = lowrank.up.double(), lowrank.down.double()
+    if not bool(up.isfinite().all() and down.isfinite().all()):
+        raise ValueRefused("", "its factors hold NaN or Inf")
+    out, n = lowrank.shape
+    if lowrank.rank <= min(out, n):
+        return up, down
+    whole = up @ down
+    one = torch.eye(min(out, n), dtype=up.dtype, device=up.device)
+    return (one, whole) if out <= n else (whole, one)
+
+
+def _by_gram(up: Tensor, down: Tensor) -> _Core:
+    """With root·rootᵀ = down·downᵀ: the eigenvalues of rootᵀ(upᵀup)root are the squares of the singular values."""
+    import torch
+
+    left_gram, right_gram = up.mT @ up, down @ down.mT
+    weights, vectors = torch.linalg.eigh(right_gram)
+    root = vectors * weights.clamp_min(0).sqrt()
+    squares, turned = torch.linalg.eigh(root.mT @ left_gram @ root)
+    values = squares.clamp_min(0).sqrt().flip(0)
+    divisor = values.clamp_min(1e-150)  # of values that are zero the vectors are not used
+    left = root @ turned.flip(1) / divisor
+    right = (left_gram @ left / divisor).mT
+    limit = _GRAM_LIMIT * math.sqrt(float(left_gram.trace() * right_gram.trace()))
+    return _Core(values, up, left, right, down, limit, "gram")
+
+
+def _by_qr(up: Tensor, down: Tensor) -> _Core:
+    import torch
+
+    left_basis, left = torch.linalg.qr(up)
+    right_basis, right = torch.linalg.qr(down.mT)
+    x, values, y = torch.linalg.svd(left @ right.mT)
+    rounding = len(values) * torch.finfo(values.dtype).eps * float(left.norm() * right.norm())
+    return _Core(values.where(values > rounding, 0), left_basis, x, y, right_basis.mT, 0.0, "qr")
+
+
+def _report(
+    up: Tensor, down: Tensor, values: Tensor, lost: float, like: Tensor, method: str, iterations: int = 0
+) -> Factorised:
+    """Signs made certain, factors in float32 (float64 where the values `like` are), and what they keep."""
+    import torch
+
+    largest = down.gather(1, down.abs().argmax(1, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(down.dtype)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    lowrank = LowRank((up * sign.mT).to(dtype), (down * sign).to(dtype))
+    kept = float(values.double().square().sum())
+    share = kept / (kept + lost) if kept + lost > 0 else 1.0
+    error = math.sqrt(lost / (kept + lost)) if kept + lost > 0 else 0.0
+    return Factorised(lowrank, tuple(values.tolist()), share, error, math.sqrt(kept + lost), method, iterations)
+
+
+# ------------------------------------------------------------------------------------------------ factorisation
+
+
+def factorise(matrix: Tensor, rule: RankRule | int, *, generator: torch.Generator, method: str = "auto") -> Factorised:
+    """The best approximation of `matrix` [out, n] that `rule` allows, its error at most 1.005 times the optimum.
+
+    exact: the eigenvectors of the smaller Gram matrix, in float64. They tell singular values above 1e-8 of the
+    largest, which is finer than a float32 SVD does; a float64 matrix takes the SVD itself. randomised: subspace
+    iteration, `_subspace`. auto: randomised where the matrix is wide and tall enough for it to be faster, and the rule
+    has a largest rank and does not need all singular values; exact otherwise, and where it does not converge.
+
+    Singular values below what float32 tells from zero beside the largest count as zero. Signs and the split are those
+    of `truncate`. Takes a copy in float32 and 4 (k + 24) (out + n) values; float64 copies only of a matrix within
+    0.3 % of a low rank. generator: on the CPU. Raises ValueRefused for NaN and Inf.
+    """
+    return _factorise(matrix[None], rule, [generator], method)[0]
+
+
+def factorise_many(
+    matrices: Sequence[Tensor], rule: RankRule | int, *, generators: Sequence[torch.Generator], method: str = "auto"
+) -> list[Factorised]:
+    """`factorise` of each; matrices of one shape on a CUDA device are done together, until the last has converged.
+
+    The bytes then depend on which matrices were handed in together: group them by their shapes, not by the memory.
+    """
+    import torch
+
+    together = len({(m.shape, m.dtype, m.device) for m in matrices}) == 1 and matrices[0].is_cuda
+    if together:
+        return _factorise(torch.stack(list(matrices)), rule, generators, method)
+    pairs = zip(matrices, generators, strict=True)
+    return [factorise(m, rule, generator=g, method=method) for m, g in pairs]
+
+
+class _Found(NamedTuple):
+    """Of a stack of matrices: singular values, unit right vectors [b, n, l], and stack @ right where it is known."""
+
+    values: Tensor
+    right: Tensor
+    image: Tensor | None
+    method: str
+    iterations: int
+
+
+def _factorise(
+    stack: Tensor, rule: RankRule | int, generators: Sequence[torch.Generator], method: str
+) -> list[Factorised]:
+    """Of a stack [b, out, n] of matrices."""
+    import torch
+
+    rule = RankRule("rank", rule) if isinstance(rule, int) else rule
+    work = _wide(stack)
+    _, out, n = work.shape
+    energy = _energy(work)
+    if not bool(energy.isfinite().all()):
+        raise ValueRefused("", "the matrix holds NaN or Inf")
+    most = rule.most(out, n)
+    width = min(-(-(most + _OVERSAMPLING) // 16) * 16, out, n)
+    # Few rows and many columns: it is on the rows' side that most is done beside the products.
+    turned = work if out <= n else work.mT
+    found = None
+    if method == "randomised" or (method == "auto" and not rule.needs_all and _NARROW * width <= min(out, n)):
+        start = torch.stack([torch.randn(max(out, n), width, generator=g) for g in generators])
+        found = _subspace(turned, start.to(work), most, energy)
+    if found is None:
+        turned = turned.mT
+        found = _exact(turned)
+    flipped = (out > n) == (found.method == "randomised")
+    return [_finish(m, found, i, rule, float(energy[i]), flipped) for i, m in enumerate(turned)]
+
+
+def _finish(matrix: Tensor, found: _Found, number: int, rule: RankRule, energy: float, flipped: bool) -> Factorised:
+    """The factors of one matrix of the stack, or of its transpose where it is `flipped`."""
+    import torch
+
+    values = found.values[number]
+    precise = matrix.dtype is torch.float64
+    zero = torch.finfo(matrix.dtype).eps * (max(matrix.shape) if precise else 1) * values.max().item()
+    values = values.where(values > zero, 0)
+    rank = rule.choose(values.tolist(), matrix.shape[0], matrix.shape[1], energy)
+    right = found.right[number][:, :rank]
+    image = _product(matrix, right) if found.image is None else found.image[number][:, :rank]
+    half = values[:rank].sqrt().to(image.dtype)
+    up, down = image / half, half[:, None] * right.mT
+    if flipped:
+        up, down = down.mT, up.mT
+    lost = max(energy - float(values[:rank].square().sum()), 0.0)
+    return _report(up, down, values[:rank], lost, matrix, found.method, found.iterations)
+
+
+def _chunks(stack: Tensor, size: int) -> Iterator[Tensor]:
+    """Bands of rows of a stack [b, m, n], in float64, of about so many values."""
+    height = max(1, size // max(1, stack.shape[0] * stack.shape[2]))
+    for start in range(0, stack.shape[1], height):
+        yield stack[:, start : start + height].double()
+
+
+def _energy(stack: Tensor) -> Tensor:
+    """The squared Frobenius norms [b], in float64."""
+    import torch
+
+    total = stack.new_zeros(len(stack), dtype=torch.float64)
+    for band in _chunks(stack, _CACHED):
+        total += torch.linalg.vector_norm(band, dim=(1, 2)).square()
+    return total
+
+
+def _product(matrix: Tensor, right: Tensor) -> Tensor:
+    """matrix @ right in float64, without a float64 copy of the matrix."""
+    import torch
+
+    return torch.cat([band[0] @ right for band in _chunks(matrix[None], _CHUNK)])
+
+
+def _exact(stack: Tensor) -> _Found:
+    """All singular values and right vectors of a stack [b, m, n] with m ≥ n."""
+    import torch
+
+    if stack.dtype is torch.float64:
+        _, values, right = torch.linalg.svd(stack, full_matrices=False)
+        return _Found(values, right.mT, None, "exact", 0)
+    gram = sum(band.mT @ band for band in _chunks(stack, _CHUNK))
+    squares, vectors = torch.linalg.eigh(gram)
+    return _Found(squares.clamp_min(0).sqrt().flip(-1), vectors.flip(-1), None, "exact", 0)
+
+
+def _subspace(stack: Tensor, start: Tensor, k: int, energy: Tensor, spent: int = 0) -> _Found | None:
+    """Randomised subspace iteration until the best k are within TOLERANCE; None where that takes too long.
+
+    Each iteration, Q → M Mᵀ Q, takes two products; between them the Ritz vectors of Q and their residual bound the
+    energy of the best rank k from above, `_most_energy`, and what Q keeps of it is known. The answer comes from the
+    second product, and is better than what was measured. Half the square of the smallest Ritz value is subtracted
+    from M Mᵀ: it doubles the rate at which the directions that decide are told apart, and costs nothing.
+    Products are in float32; what is summed and decomposed, in float64. Where so little is lost that the difference
+    of two energies cannot tell it, it goes on with a float64 copy of the matrix.
+
+    Source: Halko, Martinsson & Tropp 2011, arXiv:0909.4061, algorithm 4.4; Musco & Musco 2015, arXiv:1504.05477 (what
+    iterations gain without a gap); Feng, Yu, Xie & Tang 2024, arXiv:2404.09276 (the shift).
+    """
+    import torch
+
+    q = torch.linalg.qr(stack @ start).Q
+    for iteration in range(spent + 1, spent + _ITERATIONS + 1):
+        basis, core = torch.linalg.qr((q.mT @ stack).mT)
+        x, ritz, y = torch.linalg.svd(core.double())
+        left, right = q @ y.mT.to(q), basis @ x.to(q)
+        image = stack @ right
+        squares, turn = torch.linalg.eigh(_gram(image))
+        best = squares.shape[-1] - k
+        lost = energy - squares[..., best:].sum(-1)
+        if stack.dtype is torch.float32 and bool((lost < _DOUBLE * energy).any()):
+            return _subspace(stack.double(), right.double(), k, energy, iteration)
+        residual = image - left * ritz.to(q)[..., None, :]
+        least = energy - _most_energy(ritz, residual, k)
+        within = energy - ritz[..., :k].square().sum(-1) <= (1 + _TRUST * TOLERANCE) ** 2 * least
+        if bool((within | (lost <= _ROUNDING * energy)).all()):
+            turn = turn[..., best:].flip(-1).to(q)
+            values = squares[..., best:].flip(-1).clamp_min(0).sqrt()
+            return _Found(values, right @ turn, image @ turn, "randomised", iteration)
+        shift = ritz[..., -1:].square() / (2 * ritz).clamp_min(1e-150)
+        q = torch.linalg.qr(image - left * shift.to(q)[..., None, :]).Q
+    return None
+
+
+def _gram(columns: Tensor) -> Tensor:
+    """columnsᵀ columns in float64."""
+    columns = columns.double()
+    return columns.mT @ columns
+
+
+def _most_energy(ritz: Tensor, residual: Tensor, k: int) -> Tensor:
+    """An upper bound [b] of the energy of the best rank k, from a subspace's Ritz values [b, l] and their residual.
+
+    In a basis of Q's Ritz vectors and its complement M Mᵀ is [[S², Gᵀ], [G, K]], and G = residual · S, for
+    residual = (I − QQᵀ) M V. If no eigenvalue of K exceeds κ, those of M Mᵀ do not exceed those of [[S², Gᵀ], [G, κI]],
+    of which only 2 l are not κ. κ is the square of Ritz value k + 1: after two or three iterations from a random start
+    nothing larger is left outside, and by how much that errs was measured: `_TRUST`.
+    Source: Loewner's order and Courant & Fischer; Halko, Martinsson & Tropp 2011, section 4.4 (residuals as measures).
+    """
+    import torch
+
+    squares, vectors = torch.linalg.eigh(ritz[..., :, None] * _gram(residual) * ritz[..., None, :])
+    coupling = squares.clamp_min(0).sqrt()[..., None] * vectors.mT
+    inside = ritz.square()
+    outside = inside[..., k : k + 1] if k < ritz.shape[-1] else torch.zeros_like(inside[..., :1])
+    top = torch.cat([torch.diag_embed(inside), coupling.mT], -1)
+    bottom = torch.cat([coupling, torch.diag_embed(outside.expand_as(inside))], -1)
+    values = torch.linalg.eigvalsh(torch.cat([top, bottom], -2))
+    most: Tensor = values[..., values.shape[-1] - k :].sum(-1)
+    return most
+
+
+# ------------------------------------------------------------------------------------------------ rounding
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseFloor:
+    """What rounding alone puts into a difference: its expected Frobenius norm and largest singular value."""
+
+    norm: float
+    largest: float
+
+    def above(self, singular_values: Sequence[float]) -> int:
+        """How many singular values stand above the noise: from this index on they are of the size of rounding."""
+        return sum(1 for v in singular_values if v > self.largest)
+
+
+def noise_floor(a: Tensor, b: Tensor) -> NoiseFloor:
+    """The rounding noise that `a - b` [out, n] inherits from the dtypes in which a and b are stored.
+
+    Each value is taken to be off by an error uniform within half a unit of its last place (variance ulp²/12). That is
+    more than there is where b began as a's own stored values and hardly moved. The largest singular value of such
+    noise is √(largest sum of variances of a row) + √(that of a column), for equal variances (√out + √n) √variance.
+    Source: Marchenko & Pastur 1967, Bai & Yin 1993 (the edge); Bandeira & van Handel 2016, arXiv:1408.6185 (unequal).
+    """
+    import torch
+
+    variance = torch.zeros(a.shape, device=a.device)
+    for stored in (a, b):
+        info = torch.finfo(stored.dtype)
+        # frexp's mantissa is in [0.5, 1); below the smallest normal number the unit stays what it is there.
+        _, exponent = torch.frexp(stored.float().abs().clamp_min(info.tiny))
+        variance += torch.ldexp(torch.tensor(info.eps, device=a.device), exponent - 1).square() / 12
+    rows, columns = variance.double().sum(1), variance.double().sum(0)
+    largest = math.sqrt(float(rows.max())) + math.sqrt(float(columns.max()))
+    return NoiseFloor(math.sqrt(float(rows.sum())), largest)

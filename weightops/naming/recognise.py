@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from weightops.naming.keymap import NETWORKS, Claim, Network, Sizes, Table, Variant, heights
 
@@ -63,28 +64,34 @@ def recognise(shapes: Mapping[str, Shape | None], roles: Iterable[str]) -> Match
         canonical = canonical_shapes(claims, shapes)
         if all(agrees(name, shape, network.needs) for name, shape in canonical):
             candidates.append((network, spelling, tuple(strangers), canonical))
-    chosen = [c for c in candidates if any(fits(v, c[3]) for v in c[0].variants)]
-    if not chosen and len(candidates) == 1 and _has_an_end(candidates[0][0], {name for name, _ in candidates[0][3]}):
-        chosen = candidates
-    if len(chosen) != 1:
+    chosen = [c for c in candidates if not _contradicted(c[0], c[3])]
+    # Nobody's size: a model of a size of its own is known by its names, if there are more of them than a piece has.
+    chosen = chosen or (candidates if len(candidates) == 1 else [])
+    if len(chosen) != 1 or not (any(fits(v, chosen[0][3]) for v in chosen[0][0].variants) or _has_an_end(chosen[0][0], chosen[0][3])):
         return Unsure(tuple(sorted(c[0].name for c in (chosen or candidates))))
     network, spelling, strangers_, canonical = chosen[0]
     return Match(network, spelling, variant_of(network, canonical), strangers_)
 
 
-def _once(variant: Variant) -> list[str]:
-    """What stands once in a model of this variant, before or after its blocks."""
-    return [name for name in variant.shapes if not any(word.isdecimal() or word == "{}" for word in name.split("."))]
+def _stands_once(name: str) -> bool:
+    """Is it before or after the blocks, whose names have numbers?"""
+    return not any(word.isdecimal() or word == "{}" for word in name.split("."))
 
 
-def _has_an_end(network: Network, names: Set[str]) -> bool:
+def _has_an_end(network: Network, canonical: Iterable[tuple[str, Shape | None]]) -> bool:
     """A model of a size of its own has one of these; a piece of something else, blocks alone, has none."""
-    return not network.variants or any(not names.isdisjoint(_once(v)) for v in network.variants)
+    return any(_stands_once(name) or row_of(name, network.needs) is not None for name, _ in canonical)
+
+
+def _contradicted(network: Network, canonical: Iterable[tuple[str, Shape | None]]) -> bool:
+    """Is there a tensor in whose shape or number it is none of its variants?"""
+    listed = list(canonical)
+    return bool(network.variants) and all(_spoken_of(v, listed) is None for v in network.variants)
 
 
 def _is_whole(variants: Sequence[Variant], names: Set[str]) -> bool:
     """Are all tensors there that stand once in a model of one of these variants?"""
-    return not variants or any(names.issuperset(_once(v)) for v in variants)
+    return not variants or any(names.issuperset(filter(_stands_once, v.shapes)) for v in variants)
 
 
 def _claims(table: Table, names: Iterable[str], allowed: int) -> tuple[dict[str, Claim], list[str]]:
@@ -136,28 +143,36 @@ def _meets(shape: Shape, row: tuple[int | None, ...]) -> bool:
 
 def fits(variant: Variant, canonical: Iterable[tuple[str, Shape | None]]) -> bool:
     """Does every tensor that the variant speaks of have its shape and number, and is there at least one?"""
-    return _spoken_of(variant, canonical)[1] > 0
+    spoken = _spoken_of(variant, canonical)
+    return spoken is not None and spoken.shaped > 0
 
 
-def _spoken_of(variant: Variant, canonical: Iterable[tuple[str, Shape | None]]) -> tuple[int, int]:
-    """Of how many tensors the variant speaks, and how many of these have its shape: none, if one has another."""
+class _Spoken(NamedTuple):
+    """Of how many tensors a variant speaks, and of how many of these the shape is known."""
+
+    named: int
+    shaped: int
+
+
+def _spoken_of(variant: Variant, canonical: Iterable[tuple[str, Shape | None]]) -> _Spoken | None:
+    """None where a tensor has another shape, or another number, than it has in the variant."""
     counts = [(*template.partition("{}")[::2], count) for template, count in variant.counts.items()]
     beginnings = tuple(before for before, _, _ in counts)
-    named = checked = 0
+    named = shaped = 0
     for name, shape in canonical:
         row = row_of(name, variant.shapes)
         if row is not None:
             named += 1
             if shape is not None:
                 if not _meets(shape, row):
-                    return named, 0
-                checked += 1
+                    return None
+                shaped += 1
         if name.startswith(beginnings):
             for before, after, count in counts:
                 number = name[len(before) :].partition(".")[0] if name.startswith(before) else ""
                 if number.isdecimal() and name.startswith(after, len(before) + len(number)) and int(number) >= count:
-                    return named, 0
-    return named, checked
+                    return None
+    return _Spoken(named, shaped)
 
 
 def variant_of(network: Network, canonical: Iterable[tuple[str, Shape | None]], *, whole: bool = True) -> str | None:
@@ -170,9 +185,9 @@ def variant_of(network: Network, canonical: Iterable[tuple[str, Shape | None]], 
     for variant in network.variants:
         if (whole and not names.isdisjoint(variant.lacks)) or (complete and not names.issuperset(variant.has)):
             continue
-        named, checked = _spoken_of(variant, listed)
-        if checked:
-            found.append((named, variant.name))
+        spoken = _spoken_of(variant, listed)
+        if spoken is not None and spoken.shaped:
+            found.append((spoken.named, variant.name))
     if not found:
         return None
     most = Counter(n for n, _ in found)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightops.errors import FormatError, MismatchError, UsageError
+from weightops.errors import FormatError, MismatchError, UsageError, quote
 from weightops.files.checkpoint import WEIGHTLESS, Checkpoint
 from weightops.naming.keymap import Count, Dim, Has, Which
 
@@ -143,13 +143,13 @@ def refuse_contradictions(
 ) -> None:
     """Refuse a config.json, `where`, whose class or numbers are not those of the tensors of `what`."""
     wrong = [
-        f"{key} is {theirs[key]}, but the tensors say {ours[key]}"
+        f"{key} is {quote(theirs[key])}, but the tensors say {ours[key]}"
         for key, value in config.values.items()
         if key in theirs and _follows(value) and not _alike(ours[key], theirs[key])
     ]
     name = theirs.get("_class_name") if config.library == "diffusers" else None
     if name not in (None, config.class_name):
-        wrong.insert(0, f"its class is {name}, expected {config.class_name}")
+        wrong.insert(0, f"its class is {quote(name)}, expected {config.class_name}")
     if wrong:
         shown = "; ".join(wrong[:5]) + (f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else "")
         raise MismatchError(where, f"is not the configuration of {what}: {shown}", "name a folder of the same model")
@@ -171,6 +171,8 @@ def component_config(
     more: what goes before the network's own values. paths: where it may stand in `like`.
     """
     config = None if network.config is None else replace(network.config, values={**network.config.values, **more})
+    if any(name.endswith(".absmax") for name in shapes):
+        config = None  # values of 4 bits stand in bytes, in rows of other lengths
     for path in paths:
         theirs = like.json_beside(path) if like is not None else None
         if like is None or theirs is None:
@@ -180,9 +182,8 @@ def component_config(
             refuse_contradictions(config, ours, theirs, where=f"{like.label} ({path})", what=label)
         return like.bytes_beside(path) or b""
     if config is None:
-        raise UsageError(
-            label, f"no config.json of {network.name} is known", "--like FOLDER takes it from a diffusers folder"
-        )
+        what = f"what config.json of its {network.name} should say does not follow from the tensors"
+        raise UsageError(label, what, "--like FOLDER takes it from a diffusers folder")
     return text(config_values(config, shapes, label))
 
 

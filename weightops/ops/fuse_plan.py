@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,8 @@ from weightops.ops.respell import becomes, carry
 from weightops.plan import Grain, Input, Plan, Task
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from weightops.files.checkpoint import Checkpoint
 
 Name = tuple[str, str]
@@ -299,14 +300,16 @@ def _task(state: _State, name: Name, at: Place, slot: Slot) -> Task:
         columns = {part: s.columns for part, s in piece.parts.items() if s.columns is not None}
         changes.append(
             Change(
-                piece.family, tuple(piece.parts), columns, piece.alpha, job.strength, spec.shape, job.of_bias,
-                whole=not cut,
+                piece.family, tuple(piece.parts), frozenset(cut & piece.parts.keys()), columns, piece.alpha,
+                job.strength, spec.shape, job.of_bias,
             )
         )  # fmt: skip
     values = spec.values if whole else min(spec.values, max(BLOCK_VALUES, spec.row_values))
     label = ".".join(filter(None, name))
     other = _BESIDE.get(slot.spec.dtype)
-    compute = fused(changes, name=label, seed=state.wish.seed, other=other, transposed=at.transposed)
+    compute = fused(
+        changes, name=label, seed=state.wish.seed, other=other, whole=whole, transposed=at.transposed,
+    )  # fmt: skip
     return Task(
         label, tuple(inputs), (slot,), compute, Grain.TENSOR if whole else Grain.ROWS,
         work_nbytes=work + 24 * values,

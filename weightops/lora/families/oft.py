@@ -91,8 +91,9 @@ def _apply_inputs(weight: Tensor, p: Parts, rows: slice) -> Tensor:
     q[:, i, j] = triangle
     q = q - q.mT
     turns = _neumann(q, p.neumann) if p.neumann is not None else _exact(q)
-    blocks = weight.reshape(len(weight), -1, size)
-    return torch.einsum("ork,rck->orc", blocks, turns.expand(blocks.shape[1], -1, -1)).reshape(weight.shape)
+    count = math.prod(p.shape[1:]) // size
+    blocks = weight.reshape(len(weight), count, size)
+    return torch.einsum("ork,rck->orc", blocks, turns.expand(count, -1, -1)).reshape(weight.shape)
 
 
 def _neumann(q: Tensor, terms: int) -> Tensor:

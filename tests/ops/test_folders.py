@@ -228,6 +228,25 @@ def test_a_vocabulary_without_its_merges_is_no_tokenizer(made: Any, tmp_path: Pa
     assert (tmp_path / "out" / "tokenizer" / "merges.txt").read_text() == "#version: 0.2\n"
 
 
+def test_a_tokenizer_of_files_that_we_do_not_know_is_taken_as_it_is(made: Any, tmp_path: Path) -> None:
+    for name in ("tokenizer", "tokenizer_2"):
+        (tmp_path / "like" / name / "deep").mkdir(parents=True)
+        (tmp_path / "like" / name / "words.bpe").write_bytes(b"\xff")
+        (tmp_path / "like" / name / ".hidden").write_bytes(b"")
+    convert(made[1], to="diffusers", output=tmp_path / "out", like=tmp_path / "like")
+    assert [p.name for p in (tmp_path / "out" / "tokenizer_2").iterdir()] == ["words.bpe"]
+    assert (tmp_path / "out" / "tokenizer" / "words.bpe").read_bytes() == b"\xff"
+
+
+def test_components_that_make_no_pipeline_need_no_tokenizer(made: Any, tmp_path: Path, cache: Path) -> None:
+    report = convert(made[1], to="diffusers", output=tmp_path / "out", drop=["text_encoder"])
+    assert report.warnings == [
+        "no model_index.json, for there is no text_encoder, no text_encoder_2: a folder of components, each of which "
+        "can be loaded by itself"
+    ]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["unet", "vae"]
+
+
 def test_without_tokenizers_the_folder_says_what_it_lacks(made: Any, tmp_path: Path) -> None:
     report = convert(made[1], to="diffusers", output=tmp_path / "out", no_tokenizer=True)
     assert report.warnings == [

@@ -326,6 +326,18 @@ def test_sd2_loses_its_last_text_layer_and_says_so(made: Any, tmp_path: Path) ->
     assert same(load_file(tmp_path / "back.safetensors"), {k: v for k, v in given.items() if k not in gone})
 
 
+def test_what_sd2_loses_is_what_diffusers_own_loader_leaves_out(made: Any, tmp_path: Path) -> None:
+    pipe = made["sd2"][0]
+    path = save(tmp_path / "a.safetensors", with_all_that_real_files_hold("sd2", pipe))
+    pipe.save_pretrained(tmp_path / "ref")
+    config = json.loads((tmp_path / "ref" / "text_encoder" / "config.json").read_text())
+    (tmp_path / "ref" / "text_encoder" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 23}))
+    theirs = from_single_file(path, PIPELINES["sd2"], tmp_path / "ref")
+    to_folder(path, tmp_path / "out", prediction="epsilon", drop=["ema"])
+    ours = load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")
+    assert same(ours, canonical(theirs.text_encoder))
+
+
 def test_every_key_is_accounted_for_once_with_its_reason(made: Any, tmp_path: Path) -> None:
     given = with_all_that_real_files_hold("sd15", made["sd15"][0])
     path = save(tmp_path / "a.safetensors", {**given, "first_stage_model.loss.weight": torch.ones(2)})
@@ -638,9 +650,9 @@ KEEP = "without --to every name stays as it is"
     [
         (
             {"lora_unet_x.lora_up.weight": (2, 2), "lora_unet_x.lora_down.weight": (2, 2)},
-            "holds a lora, expected a checkpoint or a part of one",
+            "expected a checkpoint or a part of one, found: lora",
         ),
-        ({"emb_params": (2, 768)}, "holds a embedding, expected a checkpoint or a part of one"),
+        ({"emb_params": (2, 768)}, "expected a checkpoint or a part of one, found: embedding"),
         ({"a.weight": (2,), "b": (3,)}, "it is no model that is known: 'a.weight', 'b'"),
         (
             {"model.diffusion_model.out.0.weight": (3,), "model.diffusion_model.mine": (2,)},
@@ -729,6 +741,7 @@ def test_real_names_and_shapes_are_those_of_diffusers_and_come_back(original: st
     assert there == expected
     to = "comfy" if original.startswith("orig_comfy_") else "original"
     back = laid(listed(there, other), to)
+    assert identify(listed(back, other).tensors).architecture == identify(listed(given, original).tensors).architecture
     bare = {key.removeprefix("model.diffusion_model.").removeprefix("model.model."): s for key, s in back.items()}
     if original == "orig_comfy_hunyuan_video":  # whose norms are called weight, and written as scale: both are read
         given = {key.replace("_norm.weight", "_norm.scale"): shape for key, shape in given.items()}

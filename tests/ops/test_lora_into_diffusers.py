@@ -308,7 +308,6 @@ def trained(config: Any, folder: Path) -> dict[str, Tensor]:
     return changes_of(model)
 
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "^proj_out", "norm.linear", "ff.net.0.proj"]
 CONFIGS = {
     "alpha for all": {"r": 4, "lora_alpha": 8},
     "rank-stabilised": {"r": 5, "lora_alpha": 3, "use_rslora": True},

@@ -7,16 +7,19 @@ from typing import Any
 import click
 
 from weightops.cli import options, render
+from weightops.lora.dialects import DIALECTS
 from weightops.ops.convert import convert
 from weightops.ops.layout import LAYOUTS
 from weightops.ops.prediction import KINDS
 
 
-@click.command("convert", short_help="A checkpoint in another layout, dtype or container.")
+@click.command("convert", short_help="Another layout or dialect, dtype or container.")
 @click.argument("file", metavar="FILE")
 @click.option(
-    "--to", type=click.Choice(LAYOUTS), help="The layout: diffusers is a folder with configs. Without it, names stay."
-)
+    "--to", type=click.Choice(list(dict.fromkeys([*LAYOUTS, *DIALECTS]))),
+    help="Of a checkpoint diffusers (a folder), original, comfy; of a LoRA kohya, diffusers, peft, comfy, onetrainer. "
+    "Without it, names stay.",
+)  # fmt: skip
 @options.drop
 @options.shard_size
 @click.option(
@@ -25,6 +28,13 @@ from weightops.ops.prediction import KINDS
 @click.option("--no-tokenizer", is_flag=True, help="Write a diffusers folder without its tokenizers.")
 @click.option("--prediction", type=click.Choice(KINDS), help="What the model predicts.  [default: what the file says]")
 @click.option(
+    "--alpha", type=click.Choice(["carry", "fold"]), default="carry", show_default=True,
+    help="Of a LoRA: carry alpha to where the dialect keeps it, or fold it into the factors.",
+)  # fmt: skip
+@click.option(
+    "--architecture", metavar="NAME", help="What a LoRA is for, where its names and sizes fit several models."
+)
+@click.option(
     "--check", is_flag=True, help="Read the output back, rename it back, and compare every byte with the input."
 )
 @options.allow_nonfinite
@@ -32,10 +42,11 @@ from weightops.ops.prediction import KINDS
 @options.running
 @options.speaking
 def command(file: str, as_json: bool, quiet: bool, verbose: bool, **rest: Any) -> None:
-    """A checkpoint in another layout, dtype or container: diffusers folder, single file, shards, legacy pickle.
+    """A checkpoint in another layout, dtype or container, or a LoRA in another dialect.
 
     \b
     weightops convert model.safetensors --to diffusers
+    weightops convert lora.safetensors --to kohya --check
     weightops convert model.ckpt --dtype fp16 --drop ema -o small.safetensors
 
     Without --dtype the bytes of each tensor are copied; nothing in a pickle is ever run. What the new layout has no

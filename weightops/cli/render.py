@@ -223,7 +223,8 @@ def recipe_words(text: str) -> str | None:
         recipe: Any = json.loads(text) if len(text) < 1_000_000 else None
         names = ", ".join(str(entry["name"]) for entry in recipe["inputs"])
         if recipe["command"] == "convert":
-            return f"convert of {names}, dtype {recipe['dtype']} (weightops {recipe['version']})"
+            to = f", to {recipe['to']}" if "to" in recipe else ""
+            return f"convert of {names}{to}, dtype {recipe['dtype']} (weightops {recipe['version']})"
         parameters = recipe["parameters"].items()
         settings = ", ".join(
             f"{k} {', '.join(f'{x:g}' for x in v) if isinstance(v, list) else v}" for k, v in parameters

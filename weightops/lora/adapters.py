@@ -136,9 +136,9 @@ def read_adapters(opened: Checkpoint, *, architecture: str | None = None) -> Ada
     """
     found = group(opened.label, opened.tensors)
     looks = [_look(a) for a in found.adapters]
-    resolved = resolve(
-        looks, found.left, hint=opened.metadata.get("ss_base_model_version", ""), architecture=architecture
-    )
+    # XLabs trained Flux alone, whose blocks are named and sized as Chroma's are; no metadata of theirs says so.
+    hint = "flux1" if found.dialect == "xlabs" else opened.metadata.get("ss_base_model_version", "")
+    resolved = resolve(looks, found.left, hint=hint, architecture=architecture)
     found.adapters = [
         Adapter(a.name, a.beginning, a.body, a.family, a.keys, a.shapes, target, target.component if target else None)
         for a, target in zip(found.adapters, resolved.targets, strict=True)

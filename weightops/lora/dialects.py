@@ -249,6 +249,11 @@ DIALECTS: dict[str, Dialect] = {
     "kohya": Dialect("kohya", _KOHYA, "tensor", flat=True),
     "onetrainer": Dialect("onetrainer", _KOHYA, "tensor", flat=True),
     "comfy": Dialect("comfy", _PEFT, "tensor"),
-    "diffusers": Dialect("diffusers", _PEFT | {"dora_scale": ".lora_magnitude_vector"}, "header"),
+    # Whole tensors of the model stand among diffusers' factors under their own names.
+    "diffusers": Dialect(
+        "diffusers",
+        _PEFT | {"dora_scale": ".lora_magnitude_vector", "set_weight": ".weight", "set_bias": ".bias"},
+        "header",
+    ),
     "peft": Dialect("peft", _PEFT | {"dora_scale": ".lora_magnitude_vector"}, "config", folder=True),
 }

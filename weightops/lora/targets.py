@@ -126,7 +126,7 @@ def _best(looks: Sequence[Look], numbers: Sequence[int], roles: tuple[str, ...])
 def _fit(network: Network, looks: Sequence[Look], numbers: Sequence[int]) -> _Fit | None:
     best: tuple[Table, dict[int, tuple[Claim, str]]] | None = None
     allowed = int(len(numbers) * (1 - _KNOWN))
-    tables = network.tables().values()
+    tables = network.adapter_tables().values()
     firsts = Counter(_first_word(looks[n]) for n in numbers)
     for table in tables:
         claims: dict[int, tuple[Claim, str]] = {}
@@ -177,14 +177,15 @@ def _begins(table: Table, flat: bool, word: str) -> bool:
 
 
 def _is_complete(variant: Variant, names: set[str]) -> bool:
-    """Does each of the variant's numbered blocks, up to the last, have a module among these?"""
+    """Of the variant's numbered blocks, has each kind that these modules are in a module in every one?"""
+    kinds = 0
     for template, count in variant.counts.items():
         before, _, after = template.partition("{}")
-        for number in range(count):
-            start = f"{before}{number}{after}."
-            if not any(name.startswith(start) for name in names):
-                return False
-    return bool(variant.counts)
+        there = [any(name.startswith(f"{before}{number}{after}.") for name in names) for number in range(count)]
+        if any(there) and not all(there):
+            return False
+        kinds += any(there)
+    return kinds > 0
 
 
 def claim_of(table: Table, look: Look) -> Claim | None:
@@ -193,7 +194,7 @@ def claim_of(table: Table, look: Look) -> Claim | None:
 
 def _target_shapes(claim: Claim, look: Look) -> list[tuple[str, Shape | None]]:
     shape = look.shape
-    if shape is None or len(claim.names) == 1:
+    if not shape or len(claim.names) == 1:
         return [(name, shape) for name in claim.names]
     bands = heights(claim.rule, shape[0], shape[1] if len(shape) > 1 else None)
     if bands is None:

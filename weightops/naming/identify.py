@@ -166,7 +166,7 @@ class Identity:
     """What a header is. `architecture` is that of the diffusion model; of a VAE or a text encoder alone, its variant.
 
     kind: checkpoint, lora, vae, text_encoder, embedding, controlnet or unknown. components: key -> component.
-    possible: the networks that it may be, where names and shapes cannot tell. strangers: keys within a known
+    possible: what it may be, where names and shapes cannot tell. strangers: keys within a known
     network's component that are none of its tensors.
     """
 
@@ -210,10 +210,18 @@ def identify(tensors: Mapping[str, TensorInfo]) -> Identity:
     components = _components(tensors, groups, kind, architecture, match)
     renamed = {components[next(iter(part.bodies))]: part for part in parts.values() if part.bodies}
     if match is None:
-        possible = next((p.found.possible for p in parts.values() if isinstance(p.found, Unsure)), ())
-        return Identity(kind, None, None, None, renamed, components, possible)
+        unsure = model or (next(iter(parts.values())) if len(parts) == 1 else None)
+        return Identity(kind, None, None, None, renamed, components, _possible(unsure))
     named = architecture.name if architecture is not None else match.variant or match.network.name
     return Identity(kind, named, match.spelling, match.variant, renamed, components)
+
+
+def _possible(part: Part | None) -> tuple[str, ...]:
+    """What a part may be, in the words of the answer: architectures, or networks that are no diffusion model."""
+    if part is None or not isinstance(part.found, Unsure):
+        return ()
+    found = ((architecture_with(name), name) for name in part.found.possible)
+    return tuple(sorted(name if architecture is None else architecture.name for architecture, name in found))
 
 
 def _averaged(groups: Mapping[str | None, dict[str, str]], tensors: Mapping[str, TensorInfo]) -> Identity | None:

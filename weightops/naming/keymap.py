@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from weightops.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 # The parameters of a module, where a rule does not say otherwise.
 LEAVES = ("weight", "bias")
@@ -192,6 +194,7 @@ class Network:
     that canonical tensors have at any size, where another network has the same names. `blocks`: (name, prefixes
     of canonical names), in order, for block weights. `config`: how diffusers' config.json follows from shapes.
     `has`: canonical tensors of which one must be there, where another network has all the other names.
+    `adapter_spellings`: in which adapters alone are written.
     """
 
     name: str
@@ -203,6 +206,7 @@ class Network:
     config: Config | None = None
     canonical: str = "diffusers"
     has: tuple[str, ...] = ()
+    adapter_spellings: tuple[Spelling, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "needs", Sizes(self.needs))
@@ -210,6 +214,10 @@ class Network:
     def tables(self) -> Mapping[str, Table]:
         """Every spelling, compiled, the canonical one included."""
         return _tables(self.name)
+
+    def adapter_tables(self) -> Mapping[str, Table]:
+        """Those, and the spellings of adapters alone."""
+        return _adapter_tables(self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -527,6 +535,12 @@ def _tables(name: str) -> Mapping[str, Table]:
         extras = [e for s in network.spellings for e in s.extras]
         tables[network.canonical] = Table(name, network.canonical, rules, extras)
     return tables
+
+
+@functools.cache
+def _adapter_tables(name: str) -> Mapping[str, Table]:
+    spellings = NETWORKS.get(name).adapter_spellings
+    return {**_tables(name), **{s.name: Table(name, s.name, s.rules, s.extras) for s in spellings}}
 
 
 def heights(rule: Rule, total: int, features: int | None) -> tuple[int, ...] | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from weightops.naming.keymap import NETWORKS, Claim, Network, Sizes, Table, Variant, heights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 Shape = tuple[int, ...]
 
@@ -63,14 +65,15 @@ def recognise(shapes: Mapping[str, Shape | None], roles: Iterable[str]) -> Match
     for network, spelling, claims, strangers in found[min(found)]:
         canonical = canonical_shapes(claims, shapes)
         if all(agrees(name, shape, network.needs) for name, shape in canonical):
-            candidates.append((network, spelling, tuple(strangers), canonical))
-    chosen = [c for c in candidates if not _contradicted(c[0], c[3])]
-    # Nobody's size: a model of a size of its own is known by its names, if there are more of them than a piece has.
-    chosen = chosen or (candidates if len(candidates) == 1 else [])
-    if len(chosen) != 1 or not (any(fits(v, chosen[0][3]) for v in chosen[0][0].variants) or _has_an_end(chosen[0][0], chosen[0][3])):
-        return Unsure(tuple(sorted(c[0].name for c in (chosen or candidates))))
-    network, spelling, strangers_, canonical = chosen[0]
-    return Match(network, spelling, variant_of(network, canonical), strangers_)
+            candidates.append((network, spelling, strangers, canonical, _fitting(network, canonical)))
+    # Of no released size: where one network alone has the names, they tell.
+    chosen = [c for c in candidates if c[4] or not c[0].variants] or (candidates if len(candidates) == 1 else [])
+    if len(chosen) == 1:
+        network, spelling, strangers, canonical, fitting = chosen[0]
+        names = [name for name, _ in canonical]
+        if any(fit.shaped for fit in fitting.values()) or _has_an_end(network, names):
+            return Match(network, spelling, _one_of(network, fitting, set(names), whole=True), tuple(strangers))
+    return Unsure(tuple(sorted(c[0].name for c in (chosen or candidates))))
 
 
 def _stands_once(name: str) -> bool:
@@ -78,20 +81,14 @@ def _stands_once(name: str) -> bool:
     return not any(word.isdecimal() or word == "{}" for word in name.split("."))
 
 
-def _has_an_end(network: Network, canonical: Iterable[tuple[str, Shape | None]]) -> bool:
+def _has_an_end(network: Network, names: Iterable[str]) -> bool:
     """A model of a size of its own has one of these; a piece of something else, blocks alone, has none."""
-    return any(_stands_once(name) or row_of(name, network.needs) is not None for name, _ in canonical)
+    return any(_stands_once(name) or row_of(name, network.needs) is not None for name in names)
 
 
-def _contradicted(network: Network, canonical: Iterable[tuple[str, Shape | None]]) -> bool:
-    """Is there a tensor in whose shape or number it is none of its variants?"""
-    listed = list(canonical)
-    return bool(network.variants) and all(_spoken_of(v, listed) is None for v in network.variants)
-
-
-def _is_whole(variants: Sequence[Variant], names: Set[str]) -> bool:
+def _is_whole(variants: Sequence[Variant], names: set[str]) -> bool:
     """Are all tensors there that stand once in a model of one of these variants?"""
-    return not variants or any(names.issuperset(filter(_stands_once, v.shapes)) for v in variants)
+    return not variants or any(names.issuperset(n for n in v.shapes if _stands_once(n)) for v in variants)
 
 
 def _claims(table: Table, names: Iterable[str], allowed: int) -> tuple[dict[str, Claim], list[str]]:
@@ -143,18 +140,18 @@ def _meets(shape: Shape, row: tuple[int | None, ...]) -> bool:
 
 def fits(variant: Variant, canonical: Iterable[tuple[str, Shape | None]]) -> bool:
     """Does every tensor that the variant speaks of have its shape and number, and is there at least one?"""
-    spoken = _spoken_of(variant, canonical)
-    return spoken is not None and spoken.shaped > 0
+    found = _fit(variant, canonical)
+    return found is not None and found.shaped > 0
 
 
-class _Spoken(NamedTuple):
+class _Fit(NamedTuple):
     """Of how many tensors a variant speaks, and of how many of these the shape is known."""
 
     named: int
     shaped: int
 
 
-def _spoken_of(variant: Variant, canonical: Iterable[tuple[str, Shape | None]]) -> _Spoken | None:
+def _fit(variant: Variant, canonical: Iterable[tuple[str, Shape | None]]) -> _Fit | None:
     """None where a tensor has another shape, or another number, than it has in the variant."""
     counts = [(*template.partition("{}")[::2], count) for template, count in variant.counts.items()]
     beginnings = tuple(before for before, _, _ in counts)
@@ -172,27 +169,33 @@ def _spoken_of(variant: Variant, canonical: Iterable[tuple[str, Shape | None]]) 
                 number = name[len(before) :].partition(".")[0] if name.startswith(before) else ""
                 if number.isdecimal() and name.startswith(after, len(before) + len(number)) and int(number) >= count:
                     return None
-    return _Spoken(named, shaped)
+    return _Fit(named, shaped)
+
+
+def _fitting(network: Network, canonical: Sequence[tuple[str, Shape | None]]) -> dict[str, _Fit]:
+    """The variants that no tensor contradicts."""
+    found = ((variant.name, _fit(variant, canonical)) for variant in network.variants)
+    return {name: fit for name, fit in found if fit is not None}
 
 
 def variant_of(network: Network, canonical: Iterable[tuple[str, Shape | None]], *, whole: bool = True) -> str | None:
     """The one variant that the shapes fit; `whole`: of a checkpoint, whose absent tensors say something too."""
     listed = list(canonical)
-    names = {name for name, _ in listed}
+    return _one_of(network, _fitting(network, listed), {name for name, _ in listed}, whole=whole)
+
+
+def _one_of(network: Network, fitting: Mapping[str, _Fit], names: set[str], *, whole: bool) -> str | None:
     # What a piece of a file lacks says nothing.
     complete = whole and _is_whole(network.variants, names)
-    found = []
+    found: dict[str, int] = {}
     for variant in network.variants:
-        if (whole and not names.isdisjoint(variant.lacks)) or (complete and not names.issuperset(variant.has)):
+        fit = fitting.get(variant.name)
+        if fit is None or not fit.shaped or (whole and not names.isdisjoint(variant.lacks)):
             continue
-        spoken = _spoken_of(variant, listed)
-        if spoken is not None and spoken.shaped:
-            found.append((spoken.named, variant.name))
-    if not found:
-        return None
-    most = Counter(n for n, _ in found)
-    top = max(most)
-    return next(name for n, name in found if n == top) if most[top] == 1 else None
+        if not complete or names.issuperset(variant.has):
+            found[variant.name] = fit.named
+    best = [name for name, named in found.items() if named == max(found.values())]
+    return best[0] if len(best) == 1 else None
 
 
 def row_of(name: str, wanted: Mapping[str, tuple[int | None, ...]]) -> tuple[int | None, ...] | None:

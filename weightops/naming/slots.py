@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from weightops.files.dtypes import DTYPES
 from weightops.files.tensor import Slot, TensorInfo, TensorSpec
 from weightops.naming.keymap import Claim, Rule, Table, heights, swaps
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Bands = tuple[tuple[int, int], ...]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from weightops.errors import MismatchError, listing
-from weightops.naming.identify import Identity, Part, architecture_with, family_of
+from weightops.naming.identify import DROPPABLE, Identity, Part, architecture_with, family_of
 from weightops.naming.keymap import ARCHITECTURES, NETWORKS, Architecture, Component
 from weightops.naming.recognise import Match, Unsure
 
@@ -40,11 +40,13 @@ def members_of(
     carried: components that need not be known. Raises MismatchError for what is no checkpoint, or not known.
     """
     if identity.kind in ("lora", "embedding", "controlnet"):
-        raise MismatchError(opened.label, f"holds a {identity.kind}, expected a checkpoint or a part of one", KEEP)
+        raise MismatchError(opened.label, f"expected a checkpoint or a part of one, found: {identity.kind}", KEEP)
     parts = {n: p for n, p in identity.parts.items() if n != "ema" and family_of(n) not in drop}
     for name, part in parts.items():
         if isinstance(part.found, Unsure) and name not in carried:
-            raise MismatchError(opened.label, _unknown(name, part, part.found), KEEP)
+            family = family_of(name)
+            hint = f"--drop {family} leaves it out; {KEEP}" if family in DROPPABLE else KEEP
+            raise MismatchError(opened.label, _unknown(name, part, part.found), hint)
     matches = {name: part.match for name, part in parts.items() if part.match is not None}
     models = [match.network.name for match in matches.values() if match.network.role in MODELS]
     architecture = architecture_with(models[0]) if models else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
 from weightops.engine.chunks import DEFAULT_MEMORY
@@ -12,7 +12,9 @@ from weightops.engine.run import Progress, ignore
 from weightops.errors import FormatError, Interrupted, MismatchError, UsageError, listing, quote
 from weightops.files.checkpoint import Checkpoint, open_checkpoint
 from weightops.files.folder import shards
+from weightops.lora.dialects import DIALECTS
 from weightops.naming.identify import family_of, identify
+from weightops.ops.convert_adapter import Words, check_kind, check_words_of_adapters, convert_adapter
 from weightops.ops.folders import open_like
 from weightops.ops.layout import LAYOUTS, Way, Wish, plan_layout
 from weightops.ops.prediction import KINDS
@@ -40,6 +42,8 @@ def convert(
     like: str | os.PathLike[str] | None = None,
     no_tokenizer: bool = False,
     prediction: str | None = None,
+    alpha: str = "carry",
+    architecture: str | None = None,
     check: bool = False,
     verify: bool = False,
     strict: bool = False,
@@ -53,18 +57,31 @@ def convert(
 ) -> Report:
     """Write the tensors of `path` in another layout, or under the names that they have (output None: named after it).
 
-    to: diffusers (a folder, with its settings), original or comfy (a file). dtype: keep, or what floating tensors
-    become; drop: components to leave out; shard_size: bytes of tensors a file, in a folder of files. like: a folder
-    whose settings and tokenizers are taken; prediction: what the model predicts. check: read the output back, and
-    compare every byte with the input; verify: samples of it. strict: refuse to lose anything. Without a dtype the
-    bytes are copied, and torch is never imported. Raises WeightopsError.
+    to: of a checkpoint diffusers (a folder, with its settings), original or comfy (a file); of a LoRA kohya, diffusers,
+    peft (a folder), comfy or onetrainer. alpha: of a LoRA, "carry" it to where the dialect keeps it, or "fold" it into
+    the factors; architecture: which one a LoRA is for, where its names and sizes fit several. dtype: keep, or what
+    floating tensors become; drop: components to leave out; shard_size: bytes of tensors a file, in a folder of files.
+    like: a folder whose settings and tokenizers are taken; prediction: what the model predicts. check: read the output
+    back, and compare every byte with the input; verify: samples of it. strict: refuse to lose anything. Without a
+    dtype the bytes are copied, and torch is never imported. Raises WeightopsError.
     """
     check_words(dtype, drop)
     _check_words(to, prediction, shard_size, like=like is not None, no_tokenizer=no_tokenizer)
+    check_words_of_adapters(alpha, architecture)
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(open_checkpoint(path))
         if not opened.tensors:
             raise FormatError(opened.label, "holds no tensors: nothing to write")
+        identity = identify(opened.tensors)
+        check_kind(
+            opened.label, identity.kind, to, like=like is not None or no_tokenizer, adapter=alpha, of=architecture
+        )
+        if identity.kind == "lora" and to is not None:
+            return convert_adapter(
+                opened, Words(to, alpha, architecture, dtype, tuple(drop), check, strict, allow_nonfinite), output,
+                memory=memory, device=device, threads=threads, force=force, dry_run=dry_run, check=verify,
+                on_progress=on_progress,
+            )  # fmt: skip
         wish = Wish(
             to or "", dtype, tuple(drop), shard_size, None if like is None else open_like(str(like)),
             tokenizer=not no_tokenizer, prediction=prediction, allow_nonfinite=allow_nonfinite,
@@ -120,7 +137,10 @@ def _plan_container(opened: Checkpoint, wish: Wish) -> tuple[Planned, Way]:
         count["copied" if is_copy else "cast"] += 1
     if not outputs:
         raise UsageError("--drop", f"leaves nothing of {opened.label} to write")
-    recipe = {"command": "convert", "version": __version__, "dtype": wish.dtype, "drop": list(wish.drop)}
+    recipe: dict[str, Any] = {
+        "command": "convert", "version": __version__, "dtype": wish.dtype, "drop": list(wish.drop),
+    }  # fmt: skip
+    recipe |= {"shard_size": wish.shard_size} if wish.shard_size is not None else {}
     files, extras = shards(outputs, "model", wish.shard_size) if wish.shard_size is not None else ((), {})
     plan = Plan(
         (opened,), outputs, tuple(sorted(tasks, key=lambda task: task.needs_torch)), kept_metadata(opened), recipe,
@@ -136,8 +156,9 @@ def _check_words(
     to: str | None, prediction: str | None, shard_size: int | None, *, like: bool, no_tokenizer: bool
 ) -> None:
     """Refuse unknown words, and those that mean nothing together."""
-    if to is not None and to not in LAYOUTS:
-        raise UsageError("--to", f"unknown layout {quote(to)}", f"known are {', '.join(LAYOUTS)}")
+    known = dict.fromkeys([*LAYOUTS, *DIALECTS])
+    if to is not None and to not in known:
+        raise UsageError("--to", f"unknown layout {quote(to)}", f"known are {', '.join(known)}")
     if prediction is not None and prediction not in KINDS:
         raise UsageError("--prediction", f"unknown word {quote(prediction)}", f"known are {', '.join(KINDS)}")
     if shard_size is not None and shard_size < 1:

@@ -20,6 +20,7 @@ from weightops.naming.keymap import ARCHITECTURES, NETWORKS, Architecture
 from weightops.ops.filling import constant, copies, fill
 from weightops.ops.produce import Planned, kept_metadata, stem
 from weightops.ops.report import Account, Unused
+from weightops.ops.respell import becomes
 from weightops.plan import Input, Plan, Task
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _APART = "\0"
 
 
 @dataclass(slots=True)
-class _State:
+class State:
     """The state of planning one conversion."""
 
     opened: Checkpoint
@@ -46,11 +47,13 @@ class _State:
     homes: dict[str, str] = field(default_factory=dict)
     cache: dict[Source, bytes] = field(default_factory=dict)
     dropped: set[str] = field(default_factory=set)
+    dtype: str = "keep"
 
 
 def plan_dialect(
-    opened: Checkpoint, *, to: str, alpha: str = "carry", drop: tuple[str, ...] = (), architecture: str | None = None
-) -> Planned:
+    opened: Checkpoint, *, to: str, alpha: str = "carry", drop: tuple[str, ...] = (),
+    architecture: str | None = None, dtype: str = "keep",
+) -> Planned:  # fmt: skip
     """The plan of an adapter file in the dialect `to`. Reads some factors, to see which are shared.
 
     alpha: "carry" it to where the dialect keeps it, or "fold" the strength into the factors. architecture: the one
@@ -59,13 +62,13 @@ def plan_dialect(
     """
     found = read_adapters(opened, architecture=architecture)
     if found.architecture is None and found.possible and not found.problems:
-        alike = _alike(opened, to, alpha, drop, found.possible)
+        alike = _alike(opened, to, alpha, drop, found.possible, dtype)
         if alike is not None:
             return alike
     found.check()
     if not found.adapters:
         raise MismatchError(opened.label, "holds no adapter modules, only embeddings: nothing to convert")
-    state = _State(opened, found, DIALECTS[to], ARCHITECTURES.get(found.architecture or ""))
+    state = State(opened, found, DIALECTS[to], ARCHITECTURES.get(found.architecture or ""), dtype=dtype)
     units = _units(state, drop)
     if not units:
         raise UsageError("--drop", f"leaves nothing of {opened.label} to write")
@@ -78,7 +81,7 @@ def plan_dialect(
     account = _account(state)
     metadata, headers = _metadata(state, units)
     files, extras = _files(state, units)
-    recipe = {"command": "convert", "version": __version__, "to": to, "alpha": alpha}
+    recipe = {"command": "convert", "version": __version__, "to": to, "alpha": alpha, "dtype": dtype}
     keep = kept_metadata(opened, less=frozenset({HEADER, "ss_network_dim", "ss_network_alpha"}))
     hashes = {k: f for k, f in (("sshs_model_hash", "{}"), ("modelspec.hash_sha256", "0x{}")) if k in opened.metadata}
     plan = Plan(
@@ -88,12 +91,14 @@ def plan_dialect(
     return Planned(plan, account, _summary(state, units, alpha), _groups(units), _warnings(state, units))
 
 
-def _alike(opened: Checkpoint, to: str, alpha: str, drop: tuple[str, ...], possible: tuple[str, ...]) -> Planned | None:
+def _alike(
+    opened: Checkpoint, to: str, alpha: str, drop: tuple[str, ...], possible: tuple[str, ...], dtype: str
+) -> Planned | None:
     """The plan for any of these architectures, where all of them would be written alike."""
     planned = []
     for name in possible:
         try:
-            planned.append(plan_dialect(opened, to=to, alpha=alpha, drop=drop, architecture=name))
+            planned.append(plan_dialect(opened, to=to, alpha=alpha, drop=drop, architecture=name, dtype=dtype))
         except MismatchError:
             return None
     first = planned[0].plan
@@ -109,18 +114,18 @@ def _alike(opened: Checkpoint, to: str, alpha: str, drop: tuple[str, ...], possi
 # ------------------------------------------------------------------------------------------------ what there is
 
 
-def _units(state: _State, drop: tuple[str, ...]) -> list[Unit]:
+def _units(state: State, drop: tuple[str, ...]) -> list[Unit]:
     """What is to be written, component by component in the architecture's order."""
     target = Target(state.dialect, state.architecture, state.found.variant, state.opened.label)
     found: dict[str, list[Piece]] = {}
-    for piece in _pieces(state, drop):
+    for piece in pieces_of(state, drop):
         found.setdefault(piece.component, []).append(piece)
     order = [c.name for c in state.architecture.components]
     components = sorted(found, key=order.index)
     return [unit for name in components for unit in units_of(target, name, found[name], _same(state))]
 
 
-def _pieces(state: _State, drop: tuple[str, ...]) -> list[Piece]:
+def pieces_of(state: State, drop: tuple[str, ...]) -> list[Piece]:
     scales = alphas(state.opened, state.found)
     specs = {key: info.spec for key, info in state.opened.tensors.items()}
     pieces: list[Piece] = []
@@ -144,16 +149,16 @@ def _pieces(state: _State, drop: tuple[str, ...]) -> list[Piece]:
     return pieces
 
 
-def _matrix(state: _State, key: str) -> Any:
+def _matrix(state: State, key: str) -> Any:
     """The bits of a matrix, as unsigned integers: enough to see its zeros."""
     import numpy as np
 
     spec = state.opened.tensors[key].spec
-    data = _read(state, Source(key, spec))
+    data = read_source(state, Source(key, spec))
     return np.frombuffer(data, dtype=np.uint8).reshape(spec.rows, spec.shape[1], -1).any(axis=2)
 
 
-def _read(state: _State, source: Source) -> bytes:
+def read_source(state: State, source: Source) -> bytes:
     """All bytes of a source."""
     if source not in state.cache:
         slot = source.rows(state.opened.tensors[source.key].spec)
@@ -171,9 +176,9 @@ def _columns(data: bytearray, spec: TensorSpec, columns: tuple[int, int]) -> byt
     return whole[:, columns[0] * width : columns[1] * width].tobytes()
 
 
-def _same(state: _State) -> Callable[[Source, Source], bool]:
+def _same(state: State) -> Callable[[Source, Source], bool]:
     def same(a: Source, b: Source) -> bool:
-        return a == b or (a.spec == b.spec and _read(state, a) == _read(state, b))
+        return a == b or (a.spec == b.spec and read_source(state, a) == read_source(state, b))
 
     return same
 
@@ -181,11 +186,14 @@ def _same(state: _State) -> Callable[[Source, Source], bool]:
 # ------------------------------------------------------------------------------------------------ tasks
 
 
-def _write(state: _State, unit: Unit) -> None:
+def _write(state: State, unit: Unit) -> None:
     """The tasks that write an adapter."""
     for part, (spec, fills) in unit.parts.items():
         key = _key(state, unit, part)
-        written = _written_spec(state, part, spec)
+        written = becomes(_written_spec(state, part, spec), state.dtype)
+        spec = becomes(spec, state.dtype)
+        if any(f.source.spec.dtype != spec.dtype for f in fills):
+            fills = tuple(f._replace(strength=f.strength or 1.0) for f in fills)
         state.outputs[key] = written
         state.tasks += fill(key, written if len(fills) == 1 else spec, fills, state.opened.tensors, state.opened.label)
         (state.copied if copies(fills) else state.used).update(f.source.key for f in fills)
@@ -206,7 +214,7 @@ def _alpha_is_beside(dialect: Dialect, family: str) -> bool:
     return family in STRENGTH_GOES_INTO if dialect.alpha == "config" else dialect.alpha == "header" and family == "lora"
 
 
-def _key(state: _State, unit: Unit, part: str) -> str:
+def _key(state: State, unit: Unit, part: str) -> str:
     """The name of a part in the output, claimed for it."""
     key = unit.name + state.dialect.endings[part]
     key = f"{unit.component}{_APART}{key}" if state.dialect.folder else key
@@ -216,14 +224,14 @@ def _key(state: _State, unit: Unit, part: str) -> str:
     return key
 
 
-def _written_spec(state: _State, part: str, spec: TensorSpec) -> TensorSpec:
+def _written_spec(state: State, part: str, spec: TensorSpec) -> TensorSpec:
     """PEFT keeps a linear layer's magnitudes in one axis, and a convolution's as [1, out, 1, 1]."""
     if part != "dora_scale" or state.dialect.alpha == "tensor":
         return spec
     return TensorSpec(spec.dtype, (spec.values,) if len(spec.shape) < 3 else (1, spec.values, 1, 1))
 
 
-def _refuse_what_peft_lacks(state: _State, units: Sequence[Unit]) -> None:
+def _refuse_what_peft_lacks(state: State, units: Sequence[Unit]) -> None:
     """PEFT's DoRA has a magnitude for each output, in every module or in none; its LoRA has no Tucker cores."""
     with_magnitudes = [u for u in units if u.family == "lora" and "dora_scale" in u.parts]
     for unit in with_magnitudes:
@@ -253,12 +261,12 @@ def _refuse_what_peft_lacks(state: _State, units: Sequence[Unit]) -> None:
         )
 
 
-def _alpha_key(state: _State, piece: Piece) -> str | None:
+def _alpha_key(state: State, piece: Piece) -> str | None:
     adapter = next(a for a in state.found.adapters if a.name == piece.adapter and a.family.name == piece.family.name)
     return adapter.keys.get("alpha")
 
 
-def _write_alpha(state: _State, unit: Unit, value: float) -> None:
+def _write_alpha(state: State, unit: Unit, value: float) -> None:
     """Alpha as the file has it, where it stays; else in the factors' dtype, or in F32 where that cannot hold it."""
     key = _key(state, unit, "alpha")
     given = _alpha_key(state, unit.pieces[0])
@@ -267,7 +275,7 @@ def _write_alpha(state: _State, unit: Unit, value: float) -> None:
         state.outputs[key] = spec
         state.tasks.append(Task(key, (Input(0, Slot(given, spec)),), (Slot(key, spec),)))
         return
-    task, spec = constant(key, value, next(iter(unit.parts.values()))[0].dtype)
+    task, spec = constant(key, value, becomes(next(iter(unit.parts.values()))[0], state.dtype).dtype)
     state.outputs[key] = spec
     state.tasks.append(task)
 
@@ -275,7 +283,7 @@ def _write_alpha(state: _State, unit: Unit, value: float) -> None:
 # ------------------------------------------------------------------------------------------------ metadata and files
 
 
-def _metadata(state: _State, units: Sequence[Unit]) -> tuple[dict[str, str], dict[str, str]]:
+def _metadata(state: State, units: Sequence[Unit]) -> tuple[dict[str, str], dict[str, str]]:
     """kohya's dim and alpha, true of what is written; and diffusers' header."""
     found: dict[str, str] = {}
     ranks = [u for u in units if u.rank is not None]
@@ -291,7 +299,7 @@ def _metadata(state: _State, units: Sequence[Unit]) -> tuple[dict[str, str], dic
     return found, {HEADER: json.dumps(flat, indent=2, sort_keys=True)} if flat else {}
 
 
-def _told(state: _State, key: str, values: set[int] | set[float]) -> str:
+def _told(state: State, key: str, values: set[int] | set[float]) -> str:
     """The one number that is true of all modules, spelled as it was; "Dynamic", in kohya's word, for several."""
     if len(values) > 1:
         return "Dynamic"
@@ -307,7 +315,7 @@ def _alpha(unit: Unit) -> float:
     return float(unit.rank or 1) if unit.alpha is None else unit.alpha
 
 
-def _config(state: _State, component: str, family: str, units: Sequence[Unit]) -> dict[str, Any]:
+def _config(state: State, component: str, family: str, units: Sequence[Unit]) -> dict[str, Any]:
     place = next(c for c in state.architecture.components if c.name == component)
     network = NETWORKS.get(place.network)
     templates = [rule.key for rule in network.tables()[network.canonical].rules]
@@ -322,7 +330,7 @@ def _modules(units: Iterable[Unit]) -> list[Module]:
 _PEFT_TYPES = {"lora": "LORA", "loha": "LOHA", "lokr": "LOKR"}
 
 
-def _files(state: _State, units: Sequence[Unit]) -> tuple[tuple[OutputFile, ...], dict[str, bytes]]:
+def _files(state: State, units: Sequence[Unit]) -> tuple[tuple[OutputFile, ...], dict[str, bytes]]:
     """PEFT's folder: one component in it, or each in a folder of its own."""
     if not state.dialect.folder:
         return (), {}
@@ -348,7 +356,7 @@ def _files(state: _State, units: Sequence[Unit]) -> tuple[tuple[OutputFile, ...]
 # ------------------------------------------------------------------------------------------------ what is said
 
 
-def _account(state: _State) -> Account:
+def _account(state: State) -> Account:
     account = Account()
     label = state.opened.label
     embeddings = set(state.found.embeddings)
@@ -372,12 +380,12 @@ def _account(state: _State) -> Account:
     return account
 
 
-def _why_no_alpha(state: _State, key: str) -> str:
+def _why_no_alpha(state: State, key: str) -> str:
     ranked = any(key == a.keys.get("alpha") and a.rank is not None for a in state.found.adapters)
     return "its strength is folded into the factors" if ranked else "two whole LoKr factors have strength 1"
 
 
-def _summary(state: _State, units: Sequence[Unit], alpha: str) -> str:
+def _summary(state: State, units: Sequence[Unit], alpha: str) -> str:
     where = {"tensor": "beside the factors", "header": "in the header", "config": "in adapter_config.json"}
     places = {
         where[state.dialect.alpha if _alpha_is_beside(state.dialect, u.family) else "tensor"]
@@ -403,7 +411,7 @@ def _groups(units: Iterable[Unit]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _warnings(state: _State, units: Sequence[Unit]) -> list[str]:
+def _warnings(state: State, units: Sequence[Unit]) -> list[str]:
     found = []
     count = sum(u.folded for u in units)
     if count:

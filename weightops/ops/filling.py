@@ -110,7 +110,8 @@ def _placing_scaled(fills: Sequence[Fill]) -> Callable[[Any, Any, Block], None]:
             values = given if columns is None else given[:, columns[0] : columns[1]]
             rows = whole[f.row : f.row + len(values)]
             target = rows if f.columns is None else rows[:, f.columns[0] : f.columns[1]]
-            store(values.double() * (1.0 if f.strength is None else f.strength), target)
+            wide = values.double() * (1.0 if f.strength is None else f.strength)
+            store(wide.reshape(target.shape), target)
 
     return compute
 

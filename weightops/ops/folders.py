@@ -22,7 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 # Readers compare it with the versions that changed the layout; this one has the layout that is written here.
 _VERSION = "0.30.0"
 
-# Small files of the folders of a pipeline, whatever their class; of each folder those that are there.
+# A tokenizer's files, as far as they are there.
 _TOKENIZER = (
     "added_tokens.json",
     "merges.txt",
@@ -34,7 +34,6 @@ _TOKENIZER = (
     "vocab.json",
     "vocab.txt",
 )
-_SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json", "chat_template.jinja")
 _SCHEDULER = "scheduler/scheduler_config.json"
 # Any of these sets is a tokenizer.
 _VOCABULARIES = (
@@ -204,24 +203,21 @@ def pipeline_folder(
     if index is None:
         found.missing = f"no model_index.json, which --like FOLDER gives for {architecture.title}"
         return found
-    absent = []
+    missing = {n for n, kind in _classes(index).items() if n not in components and not kind.endswith(WEIGHTLESS)}
+    optional = {n for n in missing if _is_optional(n, architecture.pipeline)}
+    if missing != optional:
+        found.missing = f"no model_index.json, for there is no {', no '.join(sorted(missing - optional))}"
+        return found
+    index |= {name: [None, None] for name in optional}
     for name, kind in _classes(index).items():
-        if name in components:
-            continue
         if name == "scheduler":
             found.files[_SCHEDULER] = _scheduler(architecture.pipeline, kind, like, prediction, found)
         elif name.startswith("tokenizer"):
             found.files |= _tokenizer(name, architecture, like) if tokenizer else {}
-        elif kind.endswith(WEIGHTLESS):
-            files = _small_files(name, _SETTINGS, like)
+        elif name not in components:
+            files = _small_files(name, like)
             found.files |= files
             index[name] = index[name] if files else [None, None]
-        elif _is_optional(name, architecture.pipeline):
-            index[name] = [None, None]
-        else:
-            absent.append(name)
-    if absent:
-        return Folder(missing=f"no model_index.json, for there is no {', no '.join(absent)}")
     if not tokenizer and any(name.startswith("tokenizer") for name in _classes(index)):
         found.warnings.append(
             "from_pretrained does not load this folder without its tokenizers, which --no-tokenizer left out"
@@ -277,7 +273,7 @@ def _scheduler(
 
 def _tokenizer(name: str, architecture: Architecture, like: Checkpoint | None) -> dict[str, bytes]:
     """A tokenizer's files: of `like`, else from the local cache of the hub, which is not asked."""
-    files = _small_files(name, _TOKENIZER, like)
+    files = _small_files(name, like)
     sources = architecture.pipeline.tokenizers.get(name, ()) if architecture.pipeline is not None else ()
     for source in () if _is_tokenizer(name, files) else sources:
         files = _cached(name, source)
@@ -293,7 +289,9 @@ def _tokenizer(name: str, architecture: Architecture, like: Checkpoint | None) -
 
 
 def _is_tokenizer(name: str, files: Mapping[str, bytes]) -> bool:
-    return any(all(f"{name}/{file}" in files for file in needed) for needed in _VOCABULARIES)
+    """Is one of the known vocabularies whole, or is there something else, of which we know nothing?"""
+    whole = any(all(f"{name}/{file}" in files for file in needed) for needed in _VOCABULARIES)
+    return whole or any(path.removeprefix(f"{name}/") not in _TOKENIZER for path in files)
 
 
 def _cached(name: str, source: str) -> dict[str, bytes]:
@@ -310,8 +308,10 @@ def _cached(name: str, source: str) -> dict[str, bytes]:
     return files
 
 
-def _small_files(name: str, files: tuple[str, ...], like: Checkpoint | None) -> dict[str, bytes]:
-    if like is None:
+def _small_files(name: str, like: Checkpoint | None) -> dict[str, bytes]:
+    """The files right in a folder without weights, hidden ones apart."""
+    if like is None or like.place is None:
         return {}
-    found = {file: like.bytes_beside(f"{name}/{file}") for file in files}
+    names = sorted(path.name for path in (like.place / name).glob("*") if path.name[0] != "." and path.is_file())
+    found = {file: like.bytes_beside(f"{name}/{file}") for file in names}
     return {f"{name}/{file}": data for file, data in found.items() if data is not None}

@@ -33,7 +33,7 @@ LAYOUTS = ("original", "diffusers", "comfy")
 _NO_PLACE = {
     "ema": "a diffusers folder has no place for an average of the weights",
     "optimizer": "a diffusers folder has no place for the state of an optimizer",
-    "marker": "the mark of a noise schedule that the scheduler has not; --like FOLDER may bring one",
+    "marker": "a mark of how to sample, which no scheduler that is written here says",
 }
 _SCHEDULE = "a noise schedule, which a scheduler computes from its settings"
 _MARKER = "a mark; scheduler_config.json says it"
@@ -223,7 +223,8 @@ def _planned(found: Layout) -> Planned:
     recipe: dict[str, Any] = {
         "command": "convert", "version": __version__, "dtype": wish.dtype, "drop": list(wish.drop), "to": wish.to,
     }  # fmt: skip
-    recipe |= {"prediction": wish.prediction} if wish.prediction is not None else {}
+    asked = {"prediction": wish.prediction, "shard_size": wish.shard_size}
+    recipe |= {key: value for key, value in asked.items() if value is not None}
 
     def position(task: Task) -> tuple[object, ...]:
         slot = task.inputs[0].slot

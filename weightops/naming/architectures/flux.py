@@ -80,6 +80,16 @@ WEIGHTS = (
     tensor("single_blocks.{}.norm.key_norm.weight", "single_transformer_blocks.{}.attn.norm_k.weight"),
 )
 
+# XLabs' adapters name the part of a single block's first matrix that they change.
+XLABS = (
+    pack(
+        "single_blocks.{}.qkv",
+        "single_transformer_blocks.{}.attn.to_q",
+        "single_transformer_blocks.{}.attn.to_k",
+        "single_transformer_blocks.{}.attn.to_v",
+    ),
+)
+
 _SHAPES = {
     "context_embedder.weight": (3072, 4096),
     "time_text_embed.text_embedder.linear_1.weight": (3072, 768),
@@ -114,6 +124,7 @@ register(
         name="flux_transformer",
         role="transformer",
         spellings=(Spelling("original", RULES + SCALES), Spelling("comfy", RULES + WEIGHTS)),
+        adapter_spellings=(Spelling("xlabs", RULES + SCALES + XLABS),),
         variants=(
             # Kontext has dev's names and shapes.
             Variant("flux_dev", {"x_embedder.weight": (3072, 64), **_SHAPES}, _COUNTS, has=_GUIDANCE),

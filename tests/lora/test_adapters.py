@@ -47,7 +47,10 @@ CUT = " | it may be cut short or mangled"
 
 
 def test_up_without_down_is_refused_by_name(tmp_path: Path) -> None:
-    assert refused({UNET.format("q") + _B: torch.ones(8, 2)}, tmp_path) == f"{UNET.format('q')!r} has 'up', but no down{CUT}"
+    assert (
+        refused({UNET.format("q") + _B: torch.ones(8, 2)}, tmp_path)
+        == f"{UNET.format('q')!r} has 'up', but no down{CUT}"
+    )
 
 
 def test_factors_that_do_not_meet_are_refused_with_their_shapes(tmp_path: Path) -> None:
@@ -78,8 +81,7 @@ def test_two_names_of_one_module_are_refused(tmp_path: Path) -> None:
     tensors = named({UNET.format("q"): maker.lora(8, 8, 2), other: maker.lora(8, 8, 2)})
     names = sorted((UNET.format("q"), other))
     assert refused(tensors, tmp_path, MismatchError, architecture="sd15") == (
-        f"{names[0]!r} and {names[1]!r} both change "
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
+        f"{names[0]!r} and {names[1]!r} both change down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
     )
 
 
@@ -152,9 +154,7 @@ def test_names_of_several_architectures_ask_which(tmp_path: Path) -> None:
 
 def test_what_the_metadata_says_decides_between_them_and_never_against_names(tmp_path: Path) -> None:
     for hint, expected in (("flux1", "flux"), ("chroma", "chroma"), ("sd_v1", None), ("", None)):
-        source = save(
-            tmp_path / "a.safetensors", named({FLUX: Maker().lora(8, 8, 2)}), {"ss_base_model_version": hint}
-        )
+        source = save(tmp_path / "a.safetensors", named({FLUX: Maker().lora(8, 8, 2)}), {"ss_base_model_version": hint})
         with open_checkpoint(source) as opened:
             assert read_adapters(opened).architecture == expected
 
@@ -232,26 +232,46 @@ NAMES = (
     "lora_unet_single_blocks_0_linear1", "lora_unet_final_layer_adaLN_modulation_1", "single_blocks.0.linear1",
     "transformer.single_transformer_blocks.0.attn.to_q", "transformer.single_transformer_blocks.0.proj_mlp",
     "transformer.norm_out.linear", "diffusion_model.layers.0.attention.qkv", "double_blocks.0", "single_blocks.0",
-    "base_model.model.transformer_blocks.0.attn.to_q", "text_encoder.text_model.encoder.layers.0", "x", "",
+    "transformer.single_transformer_blocks.0.attn.to_k", "base_model.model.transformer_blocks.0.attn.to_q",
+    "text_encoder.text_model.encoder.layers.0", "x", "",
 )  # fmt: skip
 DTYPES_ = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "F8_E4M3": 1, "I64": 8, "BOOL": 1, "U8": 1}
 shapes_ = st.lists(st.sampled_from((0, 1, 2, 3, 4, 8, 24)), max_size=4).map(tuple)
 
 
+def fitting(part: str, out: int, rank: int) -> tuple[int, ...]:
+    """A shape with which the parts of a module of 8 inputs fit together."""
+    shapes = {
+        "up": (out, rank), "down": (rank, 8), "mid": (rank, rank, 1, 1), "bias": (out,), "diff": (out, 8),
+        "diff_b": (out,), "hada_w1_a": (out, rank), "hada_w2_a": (out, rank), "hada_w1_b": (rank, 8),
+        "hada_w2_b": (rank, 8), "lokr_w1": (out // 4, 2), "lokr_w1_a": (out // 4, rank), "lokr_w1_b": (rank, 2),
+        "lokr_w2": (4, 4), "lokr_w2_a": (4, rank), "lokr_w2_b": (rank, 4), "dora_scale": (out, 1), "w_norm": (out,),
+        "b_norm": (out,), "set_weight": (out, 8), "set_bias": (out,),
+    }  # fmt: skip
+    return shapes.get(part, ())
+
+
 @st.composite
 def odd_files(draw: st.DrawFn) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Tensors under names of modules and parts that are known, of any shapes."""
+    """Tensors under names of modules and parts that are known, of any shapes, or of such as fit together."""
     found = {}
-    for _ in range(draw(st.integers(1, 3))):
+    sane = draw(st.booleans())
+    for _ in range(draw(st.integers(1, 4))):
+        out, rank = draw(st.sampled_from((8, 24, 32, 56))), draw(st.integers(1, 3))
+        same_dtype = draw(st.sampled_from(list(DTYPES_)))
         name = draw(st.sampled_from(NAMES))
         family = draw(st.sampled_from([family for _, family in FAMILIES]))
-        parts = [*draw(st.sampled_from(family.forms)), *draw(st.lists(st.sampled_from(("alpha", "dora_scale", "bias", "diff_b"))))]
+        parts = [
+            *draw(st.sampled_from(family.forms)),
+            *draw(st.lists(st.sampled_from(("alpha", "dora_scale", "bias", "diff_b")))),
+        ]
         endings = draw(st.sampled_from(list(DIALECTS.values()))).endings
         for part in parts:
-            dtype, shape = draw(st.sampled_from(list(DTYPES_))), draw(shapes_)
+            dtype = same_dtype if sane else draw(st.sampled_from(list(DTYPES_)))
+            shape = fitting(part, out, rank) if sane else draw(shapes_)
             size = DTYPES_[dtype] * torch.Size(shape).numel()
-            data = draw(st.sampled_from((b"\0", b"?", b"\xff")))
-            found[name + endings[part]] = dtype, shape, data * size
+            pattern = draw(st.sampled_from((b"\0", b"?", b"\xff", bytes(40) + b"?" * 24)))
+            found[name + endings[part]] = dtype, shape, (pattern * size)[:size]
     return found
 
 

@@ -149,3 +149,39 @@ def test_a_band_that_one_model_lacks_keeps_the_packed_tensor_of_the_first() -> N
         "transformer_blocks.3.attn.to_q.weight": "kept from a.safetensors",
         "transformer_blocks.3.attn.to_v.weight": "kept from a.safetensors",
     }
+
+
+@needs_lists
+def test_a_diffusers_folder_that_comes_first_makes_a_folder() -> None:
+    """Its settings, scheduler and tokenizers go with it, byte for byte; a name ending in .safetensors makes one file."""
+    for label, seed in (("a", 1), ("b", 2)):
+        save(Path(f"{label}.safetensors"), random(tiny("sdmecha_sd1-ldm"), seed))
+    folder("f", respelled("a.safetensors", {}))
+    Path("f/unet/config.json").write_text('{"x": 1}\n')
+    for part in ("scheduler", "tokenizer"):
+        Path("f", part).mkdir()
+    Path("f/scheduler/scheduler_config.json").write_text('{"y": 2}')
+    Path("f/tokenizer/vocab.json").write_text("{}")
+    index = json.loads(Path("f/model_index.json").read_text())
+    index |= {"scheduler": ["diffusers", "DDIMScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    Path("f/model_index.json").write_text(json.dumps(index))
+    weightops.merge("f", "b.safetensors", alpha=0.3, output="one.safetensors")
+    report = weightops.merge("f", "b.safetensors", alpha=0.3, check=True)
+    assert report.output == "f+b-0.3"
+    assert sorted(p.relative_to("f+b-0.3").as_posix() for p in Path("f+b-0.3").rglob("*") if p.is_file()) == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    for small in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json"):
+        assert Path("f+b-0.3", small).read_bytes() == Path("f", small).read_bytes()
+    one = load_file("one.safetensors")
+    for component in ("unet", "vae", "text_encoder"):
+        (path,) = Path("f+b-0.3", component).glob("*.safetensors")
+        for name, tensor in load_file(path).items():
+            assert torch.equal(tensor, one.pop(f"{component}.{name}"))
+    assert one == {}

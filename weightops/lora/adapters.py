@@ -280,6 +280,11 @@ def _check_shapes(found: AdapterFile, adapter: Adapter) -> None:
             )
     if adapter.rank == 0:
         found.problems.append(Problem(adapter.name, "has rank 0"))
+    for part, shape in shapes.items():
+        if adapter.rank != 0 and not math.prod(shape):
+            found.problems.append(Problem(adapter.name, f"has an empty {part}, {list(shape)}"))
+        elif not shape and part in (*adapter.family.rows, "dora_scale"):
+            found.problems.append(Problem(adapter.name, f"has a {part} of one number, expected one for each output"))
     alpha = shapes.get("alpha")
     if alpha is not None and math.prod(alpha) != 1:
         found.problems.append(Problem(adapter.name, f"has an alpha of shape {list(alpha)}, expected one number"))
@@ -333,7 +338,7 @@ def _from_settings(adapter: Adapter, settings: Mapping[str, Mapping[str, Any]], 
     if whole_strength(config, adapter.body, label) != 1.0:
         raise FormatError(
             label,
-            f"{quote(adapter.name)} has two whole LoKr factors, which PEFT alone gives a strength (alpha / r): "
-            "no other dialect can say so",
+            f"{quote(adapter.name)} has two whole LoKr factors, whose strength is 1 to all but PEFT: "
+            "its settings say otherwise (alpha / r)",
         )
     return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightops.naming.keymap import ARCHITECTURES, NETWORKS, Architecture
-from weightops.naming.recognise import Match, Unsure, agrees, canonical_shapes, recognise, variant_of
+from weightops.naming.recognise import Match, Unsure, agrees, canonical_shapes, is_marked, recognise, variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -265,7 +265,9 @@ def _average(bodies: dict[str, str], tensors: Mapping[str, TensorInfo]) -> Part:
         known = {body: claim for body, claim in claims.items() if claim is not None}
         shapes = {body: tensors[key].spec.shape for key, body in plain.items()}
         canonical = canonical_shapes(known, shapes)
-        if known and len(known) == len(claims) and all(agrees(n, s, network.needs) for n, s in canonical):
+        if not known or len(known) < len(claims) or not is_marked(network, known.values()):
+            continue
+        if all(agrees(name, shape, network.needs) for name, shape in canonical):
             return Part(plain, Match(network, "original", variant_of(network, canonical)))
     return Part(bodies, Unsure())
 

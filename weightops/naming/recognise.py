@@ -57,7 +57,7 @@ def recognise(shapes: Mapping[str, Shape | None], roles: Iterable[str]) -> Match
             claims, strangers = _claims(table, shapes, allowed)
             if len(strangers) <= allowed and claims and (best is None or len(strangers) < len(best[2])):
                 best = spelling, claims, strangers
-        if best is not None and _is_marked(network, best[1].values()):
+        if best is not None and is_marked(network, best[1].values()):
             found.setdefault(len(best[2]), []).append((network, *best))
     if not found:
         return Unsure()
@@ -106,7 +106,7 @@ def _claims(table: Table, names: Iterable[str], allowed: int) -> tuple[dict[str,
     return claims, strangers
 
 
-def _is_marked(network: Network, claims: Iterable[Claim]) -> bool:
+def is_marked(network: Network, claims: Iterable[Claim]) -> bool:
     """Is there a tensor that tells this network from another that has all its other names?"""
     return not network.has or any(name in network.has for claim in claims for name in claim.names)
 

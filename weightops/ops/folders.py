@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from weightops.errors import FormatError, MismatchError, UsageError, quote
 from weightops.files.checkpoint import WEIGHTLESS, Checkpoint
+from weightops.files.folder import OutputFile
 from weightops.naming.keymap import Count, Dim, Has, Which
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from weightops.files.tensor import TensorSpec
     from weightops.naming.keymap import Architecture, Config, Network, Pipeline
+    from weightops.plan import Plan
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -308,10 +311,52 @@ def _cached(name: str, source: str) -> dict[str, bytes]:
     return files
 
 
+# How the names of weight files end, and of what says which of them there are.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(_WEIGHTS) or (name.endswith(".json") and ".index." in name)
+
+
 def _small_files(name: str, like: Checkpoint | None) -> dict[str, bytes]:
-    """The files right in a folder without weights, hidden ones apart."""
+    """The files right in a folder, hidden ones and weights apart."""
     if like is None or like.place is None:
         return {}
-    names = sorted(path.name for path in (like.place / name).glob("*") if path.name[0] != "." and path.is_file())
+    paths = [p for p in (like.place / name).glob("*") if p.name[0] != "." and not _is_weights(p.name.lower())]
+    names = sorted(path.name for path in paths if path.is_file())
     found = {file: like.bytes_beside(f"{name}/{file}") for file in names}
     return {f"{name}/{file}": data for file, data in found.items() if data is not None}
+
+
+def same_folder(
+    opened: Checkpoint, outputs: Mapping[str, TensorSpec]
+) -> tuple[tuple[OutputFile, ...], dict[str, bytes]]:
+    """The files of a diffusers folder with other weights: one for each component, and the small ones as they are.
+
+    outputs: keys as the folder's are, `component.name`.
+    """
+    files = []
+    for component in opened.components:
+        prefix = f"{component}."
+        keys = {key: key[len(prefix) :] for key in outputs if key.startswith(prefix)}
+        stem = "diffusion_pytorch_model" if component.startswith(("unet", "transformer", "vae")) else "model"
+        if keys:
+            files.append(OutputFile(f"{component}/{stem}.safetensors", keys, {"format": "pt"}))
+    index = opened.bytes_beside("model_index.json") or b"{}"
+    small = {"model_index.json": index}
+    for name in _classes(json.loads(index)):
+        small |= _small_files(name, opened)
+    return tuple(files), small
+
+
+def into_folder(first: Checkpoint, plan: Plan, target: Path, *, asked: bool) -> tuple[Plan, Path]:
+    """The plan, and where it writes: a diffusers folder becomes one again, unless a single file was asked for.
+
+    first: the checkpoint whose names the outputs have.
+    """
+    single = target.suffix.lower() == ".safetensors"
+    if first.container != "diffusers" or (asked and single):
+        return plan, target
+    files, extras = same_folder(first, plan.outputs)
+    return replace(plan, files=files, extras=extras), target if asked else target.with_suffix("")

@@ -11,6 +11,7 @@ from weightops.engine.run import Progress, ignore
 from weightops.errors import UsageError, quote
 from weightops.files.checkpoint import open_checkpoint
 from weightops.merging.method import METHODS
+from weightops.ops.folders import into_folder
 from weightops.ops.merge_plan import Settings, option_of, plan_merge
 from weightops.ops.produce import check_words, named, produce, stem
 
@@ -49,6 +50,7 @@ def merge(
 
     alpha: for two models, (1−α)·A + α·B; with `base` C, A + α·(B − C). weights: one per model, normalised to
     a sum of one unless `normalize` is False; with `base`, base + Σ wᵢ·(modelᵢ − base), as they are given.
+    A diffusers folder as the first model makes one, unless `output` ends in .safetensors.
     vae: the number of the model whose VAE is kept, "merge", or a file. text_encoder: a number, or "merge".
     dtype: keep (the first model's, tensor by tensor), fp32, fp16, bf16, fp8_e4m3, fp8_e5m2. drop: components
     to leave out. on_mismatch: "error" or "keep-first" for tensors of different shapes. strict: refuse
@@ -70,6 +72,8 @@ def merge(
         planned = plan_merge(opened, settings, vae_file=extra)
         last = f"-{settings.weights[-1]:g}" if settings.weights and len(opened) == 2 else ""
         target = named(output, "+".join(stem(c)[:60] for c in opened), last)
+        first = opened[1] if base is not None and settings.method.needs_base else opened[0]
+        planned.plan, target = into_folder(first, planned.plan, target, asked=output is not None)
         return produce(
             "merge", planned, target, memory=memory, device=device, threads=threads,
             force=force, dry_run=dry_run, check=check, on_progress=on_progress,

@@ -27,7 +27,7 @@ _TRUST = (0.0, 0.2, 0.35, 0.45)
 
 _OVERSAMPLING = 8  # and up to the next multiple of 16, which a matrix product takes no longer for
 _ITERATIONS = 12  # after which the exact method takes over
-_NARROW = 4  # a matrix with fewer rows or columns than so many subspaces is factorised exactly: that is faster
+_NARROW = 5  # a matrix with fewer rows or columns than so many subspaces is factorised exactly: that is as fast
 _CHUNK = 1 << 20  # values that are held in float64 at a time
 _CACHED = 1 << 16  # so many stay in a core's cache
 # Below this share of the squared norm the difference of two float32 energies tells too little.
@@ -313,7 +313,7 @@ def _finish(matrix: Tensor, found: _Found, number: int, rule: RankRule, energy: 
 
     values = found.values[number]
     precise = matrix.dtype is torch.float64
-    zero = torch.finfo(matrix.dtype).eps * (max(matrix.shape) if precise else 1) * values.max().item()
+    zero = torch.finfo(matrix.dtype).eps * (max(matrix.shape) if precise else 1) * max(values.tolist(), default=0.0)
     values = values.where(values > zero, 0)
     rank = rule.choose(values.tolist(), matrix.shape[0], matrix.shape[1], energy)
     right = found.right[number][:, :rank]
@@ -449,7 +449,8 @@ def noise_floor(a: Tensor, b: Tensor) -> NoiseFloor:
 
     Each value is taken to be off by an error uniform within half a unit of its last place (variance ulp²/12). That is
     more than there is where b began as a's own stored values and hardly moved. The largest singular value of such
-    noise is √(largest sum of variances of a row) + √(that of a column), for equal variances (√out + √n) √variance.
+    noise is at most √(largest sum of variances of a row) + √(that of a column), nearly; for equal variances that is
+    (√out + √n) √variance, and is attained.
     Source: Marchenko & Pastur 1967, Bai & Yin 1993 (the edge); Bandeira & van Handel 2016, arXiv:1408.6185 (unequal).
     """
     import torch
@@ -457,9 +458,10 @@ def noise_floor(a: Tensor, b: Tensor) -> NoiseFloor:
     variance = torch.zeros(a.shape, device=a.device)
     for stored in (a, b):
         info = torch.finfo(stored.dtype)
-        # frexp's mantissa is in [0.5, 1); below the smallest normal number the unit stays what it is there.
-        _, exponent = torch.frexp(stored.float().abs().clamp_min(info.tiny))
-        variance += torch.ldexp(torch.tensor(info.eps, device=a.device), exponent - 1).square() / 12
+        # Below the smallest normal number the unit stays what it is there. frexp's mantissa is in [0.5, 1).
+        magnitude = stored.float().abs().clamp_min(info.tiny)
+        ulp = magnitude / torch.frexp(magnitude).mantissa * (info.eps / 2)
+        variance += ulp.square() / 12
     rows, columns = variance.double().sum(1), variance.double().sum(0)
     largest = math.sqrt(float(rows.max())) + math.sqrt(float(columns.max()))
     return NoiseFloor(math.sqrt(float(rows.sum())), largest)

@@ -86,9 +86,6 @@ class Piece:
         return next((self.parts[part].spec.rows for part in self.family.rows if part in self.parts), None)
 
 
-Read = Callable[[Source], bytes]
-
-
 def take_apart(
     adapter: Adapter, alpha: float | None, specs: Mapping[str, TensorSpec], read: Callable[[str], Any], label: str
 ) -> list[Piece]:
@@ -108,7 +105,7 @@ def take_apart(
             assert rows is not None
             parts = swapped_halves(parts, family, adapter.name, rows, label)
         return [Piece(component, target.names[0], family, parts, alpha, adapter.name)]
-    if rows is None:
+    if rows is None or "reshape_weight" in parts:
         raise MismatchError(label, f"{quote(adapter.name)} is a {adapter.label}, which cannot be taken apart by rows")
     bands = heights(target.rule, rows, features)
     if bands is None:
@@ -116,24 +113,27 @@ def take_apart(
             label,
             f"{quote(adapter.name)} changes {rows} rows, which cannot be shared out to {', '.join(target.names)}",
         )
-    columns = _block_columns(parts, bands, alpha, read) if family.name == "lora" else None
+    blocks = _block_columns(parts, bands, alpha, read) if family.name == "lora" else None
     pieces = []
     start = 0
     for number, (name, height) in enumerate(zip(target.names, bands, strict=True)):
         mine = cut_rows(parts, family, adapter.name, ((start, start + height),), rows, label)
-        strength = alpha
-        if columns is not None:
-            low, high = columns[number]
-            if low == high:  # rows of zeros, which change nothing
-                start += height
-                continue
-            up, down = mine["up"], mine["down"]
-            mine["up"] = replace(up, spec=TensorSpec(up.spec.dtype, (height, high - low)), columns=(low, high))
-            mine["down"] = replace(down, spec=down.spec.with_rows(high - low), bands=((low, high),))
-            strength = None if alpha is None else scaled(alpha, high - low, parts["up"].spec.shape[1])
-        pieces.append(Piece(component, name, family, mine, strength, adapter.name))
         start += height
+        if blocks is None:
+            pieces.append(Piece(component, name, family, mine, alpha, adapter.name))
+            continue
+        low, high = blocks[number]
+        if low < high:  # else rows of zeros, which change nothing
+            strength = None if alpha is None else scaled(alpha, high - low, parts["up"].spec.shape[1])
+            pieces.append(Piece(component, name, family, _own_columns(mine, low, high), strength, adapter.name))
     return pieces
+
+
+def _own_columns(parts: Mapping[str, Source], low: int, high: int) -> dict[str, Source]:
+    """A LoRA of these columns of `up`, and rows of `down`, alone."""
+    up, down = parts["up"], parts["down"]
+    narrow = replace(up, spec=TensorSpec(up.spec.dtype, (up.spec.rows, high - low)), columns=(low, high))
+    return {**parts, "up": narrow, "down": replace(down, spec=down.spec.with_rows(high - low), bands=((low, high),))}
 
 
 def _normal(part: str, key: str, spec: TensorSpec) -> TensorSpec:
@@ -299,6 +299,8 @@ def join(
     first = there[0]
     if len({frozenset(p.parts) for p in there}) > 1 or ("dora_scale" in first.parts and len(there) < len(pieces)):
         raise MismatchError(label, f"{quote(module)} would join adapters of different parts")
+    if "reshape_weight" in first.parts:
+        raise MismatchError(label, f"{quote(module)} would join adapters that give their weights other shapes")
     if any(_is_inward(p) for p in there):
         raise MismatchError(
             label,

@@ -150,8 +150,9 @@ def refuse_contradictions(
         if key in theirs and _follows(value) and not _alike(ours[key], theirs[key])
     ]
     name = theirs.get("_class_name") if config.library == "diffusers" else None
-    if name not in (None, config.class_name):
-        wrong.insert(0, f"its class is {quote(name)}, expected {config.class_name}")
+    expected = config.values.get("_class_name", config.class_name)
+    if name not in (None, expected):
+        wrong.insert(0, f"its class is {quote(name)}, expected {expected}")
     if wrong:
         shown = "; ".join(wrong[:5]) + (f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else "")
         raise MismatchError(where, f"is not the configuration of {what}: {shown}", "name a folder of the same model")

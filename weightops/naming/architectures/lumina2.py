@@ -141,7 +141,10 @@ register(
                 "transformer", "lumina2_transformer", prefix="model.diffusion_model.", kohya="lora_unet",
                 kohya_spelling="original",
             ),
-            Component("vae", "autoencoder_kl", prefix="vae.", variant="flux_vae"),
+            Component(
+                "vae", "autoencoder_kl", prefix="vae.", variant="flux_vae",
+                config={"scaling_factor": 0.3611, "shift_factor": 0.1159},
+            ),
         ),
     ),
 )  # fmt: skip

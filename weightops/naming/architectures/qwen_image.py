@@ -113,7 +113,7 @@ register(
                 "transformer", "qwen_image_transformer", prefix="model.diffusion_model.", spelling="diffusers",
                 kohya="lora_unet", kohya_spelling="diffusers",
             ),
-            Component("vae", "autoencoder_wan", prefix="vae."),
+            Component("vae", "autoencoder_wan", prefix="vae.", config={"_class_name": "AutoencoderKLQwenImage"}),
         ),
     ),
 )  # fmt: skip

@@ -143,7 +143,10 @@ register(
                 "transformer", "z_image_transformer", prefix="model.diffusion_model.", spelling="comfy",
                 kohya="lora_unet", kohya_spelling="diffusers",
             ),
-            Component("vae", "autoencoder_kl", prefix="vae.", variant="flux_vae"),
+            Component(
+                "vae", "autoencoder_kl", prefix="vae.", variant="flux_vae",
+                config={"scaling_factor": 0.3611, "shift_factor": 0.1159},
+            ),
         ),
     ),
 )  # fmt: skip

@@ -76,7 +76,7 @@ def test_a_diffusers_folder_merges_into_a_single_file_as_its_twin_would(name: st
         save(Path(f"{label}.safetensors"), random(tiny(name), seed))
     folder("f", respelled("b.safetensors", {}))
     weightops.merge("a.safetensors", "b.safetensors", alpha=0.3, output="ab.safetensors")
-    report = weightops.merge("a.safetensors", "f", alpha=0.3, output="af.safetensors", check=True)
+    report = weightops.merge("a.safetensors", "f", alpha=0.3, output="af.safetensors", verify=True)
     alike("af.safetensors", "ab.safetensors")
     assert report.account.kept == []
     assert {u.asked for u in report.account.unused} == {True}  # the VAE, which is the first model's
@@ -114,7 +114,7 @@ def test_one_network_merges_with_itself_in_another_spelling(name: str, spelling:
     save(Path("c.safetensors"), other)
     assert other.keys() != load_file("b.safetensors").keys()
     weightops.merge("a.safetensors", "b.safetensors", alpha=0.3, output="ab.safetensors")
-    report = weightops.merge("a.safetensors", "c.safetensors", alpha=0.3, output="ac.safetensors", check=True)
+    report = weightops.merge("a.safetensors", "c.safetensors", alpha=0.3, output="ac.safetensors", verify=True)
     alike("ac.safetensors", "ab.safetensors")
     assert (report.account.kept, report.account.unused) == ([], [])
 
@@ -166,7 +166,7 @@ def test_a_diffusers_folder_that_comes_first_makes_a_folder() -> None:
     index |= {"scheduler": ["diffusers", "DDIMScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"]}
     Path("f/model_index.json").write_text(json.dumps(index))
     weightops.merge("f", "b.safetensors", alpha=0.3, output="one.safetensors")
-    report = weightops.merge("f", "b.safetensors", alpha=0.3, check=True)
+    report = weightops.merge("f", "b.safetensors", alpha=0.3, verify=True)
     assert report.output == "f+b-0.3"
     assert sorted(p.relative_to("f+b-0.3").as_posix() for p in Path("f+b-0.3").rglob("*") if p.is_file()) == [
         "model_index.json",

@@ -95,7 +95,7 @@ def test_every_container_merges_with_a_single_file(maker: Maker, place: str) -> 
     a, b = random(shapes, 1), random(shapes, 2)
     first = (single if place == "second" else maker)("a", a)
     second = (single if place == "first" else maker)("b", b)
-    report = weightops.merge(first, second, output="out.safetensors", alpha=0.7, check=True)
+    report = weightops.merge(first, second, output="out.safetensors", alpha=0.7, verify=True)
     found = load_file("out.safetensors")
     assert found.keys() == a.keys()
     for key, tensor in found.items():

@@ -55,7 +55,7 @@ def pair(dtype: torch.dtype) -> tuple[str, str]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("words", [{"alpha": 0.7}, {"alpha": 2.5}, {"dtype": "fp16"}], ids=str)
 def test_good_work_passes(dtype: torch.dtype, words: dict[str, Any]) -> None:
-    found = weightops.merge(*pair(dtype), output="out.safetensors", check=True, **words).verified
+    found = weightops.merge(*pair(dtype), output="out.safetensors", verify=True, **words).verified
     assert found is not None
     assert found["blocks"] == 3
     assert found["values"] >= 8000
@@ -67,7 +67,7 @@ def test_good_work_passes_where_operands_cancel_out() -> None:
     a = random(0, torch.bfloat16, 100_000)
     save(Path("a.safetensors"), {MERGED: a})
     save(Path("b.safetensors"), {MERGED: (a.double() * -7 / 3).bfloat16()})
-    report = weightops.merge("a.safetensors", "b.safetensors", output="o.safetensors", alpha=0.3, check=True)
+    report = weightops.merge("a.safetensors", "b.safetensors", output="o.safetensors", alpha=0.3, verify=True)
     assert report.verified is not None
 
 
@@ -76,7 +76,7 @@ def test_good_work_passes_with_overflows_that_are_allowed() -> None:
         save(Path(f"{name}.safetensors"), {MERGED: torch.tensor([1e6, torch.inf, torch.nan, 1.0])})
     for dtype in ("fp16", "fp8_e4m3", "fp8_e5m2"):
         report = weightops.merge(
-            "a.safetensors", "b.safetensors", output="o.safetensors", dtype=dtype, allow_nonfinite=True, check=True,
+            "a.safetensors", "b.safetensors", output="o.safetensors", dtype=dtype, allow_nonfinite=True, verify=True,
             force=True,
         )  # fmt: skip
         assert report.verified is not None

@@ -47,10 +47,10 @@ def command(file: str, as_json: bool, quiet: bool, verbose: bool, **rest: Any) -
     \b
     weightops convert model.safetensors --to diffusers
     weightops convert lora.safetensors --to kohya --check
-    weightops convert model.ckpt --dtype fp16 --drop ema -o small.safetensors
 
-    Without --dtype the bytes of each tensor are copied; nothing in a pickle is ever run. What the new layout has no
-    place for is named. A diffusers folder gets its tokenizers from --like, or from the hub's local cache.
+    Without --to the names stay, and any file that can be read becomes a safetensors file, or shards of one. Without
+    --dtype the bytes of each tensor are copied; nothing in a pickle is ever run. What the new layout has no place
+    for is named. A diffusers folder gets its tokenizers from --like, or from the hub's local cache.
     """
     with render.progress("converting", quiet=quiet or as_json) as on_progress:
         report = convert(file, on_progress=on_progress, **rest)

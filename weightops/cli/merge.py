@@ -59,7 +59,7 @@ def command(
     """
     with render.progress("merging", quiet=quiet or as_json) as on_progress:
         report = merge(
-            *models, normalize=not no_normalize, parameters=_parameters(settings), check=verify,
+            *models, normalize=not no_normalize, parameters=_parameters(settings), verify=verify,
             on_progress=on_progress, **rest,
         )  # fmt: skip
     render.finished(report, as_json=as_json, quiet=quiet, verbose=verbose)

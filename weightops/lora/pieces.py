@@ -7,7 +7,6 @@ each has ranks of its own. Knows names, shapes and bytes; no files, no devices.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +16,8 @@ from weightops.files.tensor import Slot, TensorSpec
 from weightops.naming.keymap import Rule, heights, swaps
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
     from weightops.lora.adapters import Adapter
     from weightops.lora.family import Family
 
@@ -56,7 +57,7 @@ Fills = tuple[Fill, ...]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The adapter of one canonical module (or of one tensor packing `names`, where it is written so)."""
+    """The adapter of one canonical module. `alpha_key`: of the tensor that says its alpha, or did before it was cut."""
 
     component: str
     name: str
@@ -64,6 +65,7 @@ class Piece:
     parts: Mapping[str, Source]
     alpha: float | None
     adapter: str
+    alpha_key: str | None = None
 
     @property
     def rank(self) -> int | None:
@@ -87,12 +89,12 @@ class Piece:
 
 
 def take_apart(
-    adapter: Adapter, alpha: float | None, specs: Mapping[str, TensorSpec], read: Callable[[str], Any], label: str
+    adapter: Adapter, alpha: float | None, specs: Mapping[str, TensorSpec], read: Callable[[str, int], Any], label: str
 ) -> list[Piece]:
     """The pieces of an adapter, one for each canonical module that it changes.
 
-    read: key of a matrix -> its values as a numpy array of unsigned integers (only asked of an `up` that may be
-    block-diagonal). Raises MismatchError for an adapter that cannot be taken apart exactly.
+    read: the first rows of a matrix -> a numpy array, true where a value is not zero (only asked of an `up` that may
+    be block-diagonal). Raises MismatchError for an adapter that cannot be taken apart exactly.
     """
     assert adapter.target is not None
     target, family = adapter.target, adapter.family
@@ -104,7 +106,7 @@ def take_apart(
         if swapped:
             assert rows is not None
             parts = swapped_halves(parts, family, adapter.name, rows, label)
-        return [Piece(component, target.names[0], family, parts, alpha, adapter.name)]
+        return [Piece(component, target.names[0], family, parts, alpha, adapter.name, adapter.keys.get("alpha"))]
     if rows is None or "reshape_weight" in parts:
         raise MismatchError(label, f"{quote(adapter.name)} is a {adapter.label}, which cannot be taken apart by rows")
     bands = heights(target.rule, rows, features)
@@ -120,12 +122,13 @@ def take_apart(
         mine = cut_rows(parts, family, adapter.name, ((start, start + height),), rows, label)
         start += height
         if blocks is None:
-            pieces.append(Piece(component, name, family, mine, alpha, adapter.name))
+            pieces.append(Piece(component, name, family, mine, alpha, adapter.name, adapter.keys.get("alpha")))
             continue
         low, high = blocks[number]
         if low < high:  # else rows of zeros, which change nothing
             strength = None if alpha is None else scaled(alpha, high - low, parts["up"].spec.shape[1])
-            pieces.append(Piece(component, name, family, _own_columns(mine, low, high), strength, adapter.name))
+            mine = _own_columns(mine, low, high)
+            pieces.append(Piece(component, name, family, mine, strength, adapter.name, adapter.keys.get("alpha")))
     return pieces
 
 
@@ -219,16 +222,16 @@ def _within(outer: Bands | None, inner: Bands) -> Bands:
 
 
 def _block_columns(
-    parts: Mapping[str, Source], bands: Sequence[int], alpha: float | None, read: Callable[[str], Any]
+    parts: Mapping[str, Source], bands: Sequence[int], alpha: float | None, read: Callable[[str, int], Any]
 ) -> list[tuple[int, int]] | None:
     """The columns of each band's own block in a block-diagonal `up`, none for rows of zeros; None: it is not such."""
     up = parts["up"].spec
     rank = up.shape[1]
     if len(up.shape) != 2 or rank < 2 or not up.rows or "mid" in parts:
         return None
-    values = read(parts["up"].key)
-    if values[0].all():
+    if read(parts["up"].key, 1).all():
         return None  # the first row meets every column: the parts share them
+    values = read(parts["up"].key, up.rows)
     used: list[tuple[int, int] | None] = []
     start = 0
     for height in bands:

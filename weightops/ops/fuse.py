@@ -43,7 +43,7 @@ def fuse(
     device: str = "auto",
     force: bool = False,
     dry_run: bool = False,
-    check: bool = False,
+    verify: bool = False,
     on_progress: Progress = ignore,
 ) -> Report:
     """Write `checkpoint` with LoRAs in it to the file `output` (None: a name built from theirs).
@@ -89,7 +89,7 @@ def fuse(
             memory = max(DEFAULT_MEMORY, min(LARGEST_DEFAULT, 2 * smallest_memory(planned.plan)[0]))
         return produce(
             "fuse", planned, target, memory=memory, device=device, threads=threads,
-            force=force, dry_run=dry_run, check=check, on_progress=on_progress,
+            force=force, dry_run=dry_run, check=verify, on_progress=on_progress,
         )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def merge(
     device: str = "auto",
     force: bool = False,
     dry_run: bool = False,
-    check: bool = False,
+    verify: bool = False,
     on_progress: Progress = ignore,
 ) -> Report:
     """Merge two or more models into the file `output` (None: a name built from theirs, in the current folder).
@@ -54,7 +54,7 @@ def merge(
     vae: the number of the model whose VAE is kept, "merge", or a file. text_encoder: a number, or "merge".
     dtype: keep (the first model's, tensor by tensor), fp32, fp16, bf16, fp8_e4m3, fp8_e5m2. drop: components
     to leave out. on_mismatch: "error" or "keep-first" for tensors of different shapes. strict: refuse
-    whatever would be left out or kept unasked. memory: bytes in flight. check: read samples back and compare.
+    whatever would be left out or kept unasked. memory: bytes in flight. verify: read samples back and compare.
     Raises WeightopsError, whose kinds are drawn in `weightops.errors`.
     """
     vae, text_encoder = str(vae), str(text_encoder)
@@ -76,7 +76,7 @@ def merge(
         planned.plan, target = into_folder(first, planned.plan, target, asked=output is not None)
         return produce(
             "merge", planned, target, memory=memory, device=device, threads=threads,
-            force=force, dry_run=dry_run, check=check, on_progress=on_progress,
+            force=force, dry_run=dry_run, check=verify, on_progress=on_progress,
         )  # fmt: skip
 
 

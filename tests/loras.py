@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from weightops.engine.run import ignore
 from weightops.files.checkpoint import open_checkpoint
+from weightops.lora.dialects import DIALECTS
 from weightops.ops.dialect import plan_dialect
 from weightops.ops.produce import produce
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from weightops.ops.report import Report
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+LORAS = SHARED / "loras"
+needs_loras = pytest.mark.skipif(not LORAS.is_dir(), reason="the real adapters (../shared/data/loras) are not here")
 
 Raw = dict[str, tuple[str, tuple[int, ...], bytes]]
 
@@ -37,6 +42,11 @@ def convert(path: Path, to: str, output: Path, *, check: bool = False, **options
             "convert", plan_dialect(opened, to=to, **options), output, memory=64 << 20, device="cpu", threads=1,
             force=False, dry_run=False, check=check, on_progress=ignore,
         )  # fmt: skip
+
+
+def target(folder: Path, to: str) -> Path:
+    """What a conversion to this dialect is called."""
+    return folder / (to if DIALECTS[to].folder else f"{to}.safetensors")
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
@@ -201,3 +211,19 @@ class Maker:
 def named(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Modules and their parts as one file's tensors."""
     return {name + ending: tensor for name, parts in modules.items() for ending, tensor in parts.items()}
+
+
+# Of Stable Diffusion's UNet, in the diffusers' and LDM's names.
+UNET = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+UNET_IN_LDM = "input_blocks.1.1.transformer_blocks.0.attn2"
+MODULE = f"lora_unet_{UNET.replace('.', '_')}_to_{{}}"
+
+
+def kohya_file(path: Path, ranks: list[int], alphas: list[float], metadata: dict[str, str]) -> Path:
+    """A LoRA of three modules, queries, keys and values."""
+    maker = Maker(5)
+    modules = {
+        MODULE.format(name): maker.lora(16, 16, rank, alpha)
+        for name, rank, alpha in zip(("q", "k", "v"), ranks, alphas, strict=True)
+    }
+    return save(path, named(modules), metadata)

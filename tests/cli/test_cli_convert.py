@@ -11,6 +11,8 @@ from commandline import weightops_here
 from conftest import save
 from safetensors.torch import load_file
 
+from weightops.ops.layout import LAYOUTS
+
 UNET = {
     "model.diffusion_model.input_blocks.0.0.weight": torch.ones(64, 4, 3, 3),
     "model.diffusion_model.input_blocks.1.1.proj_in.weight": torch.ones(64, 64, 1, 1),
@@ -28,7 +30,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_layouts_of_the_help_are_those_of_the_library() -> None:
     done = weightops_here("convert", "--help")
-    assert "[original|diffusers|comfy]" in done.out
+    assert f"[{'|'.join(LAYOUTS)}" in done.out
     assert "[epsilon|v_prediction]" in done.out
 
 

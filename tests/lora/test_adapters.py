@@ -1,8 +1,9 @@
-"""Keys of adapter files, grouped and resolved: what is whole is understood, what is odd is named, and nothing crashes."""
+"""Keys of adapter files, grouped and resolved: what is whole is understood, what is odd is named, nothing crashes."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -171,7 +172,8 @@ def test_what_several_architectures_would_write_alike_needs_no_choice(tmp_path: 
     "name",
     [
         "toolkit_LoRA-v1A-UNET", "toolkit_LoRA-v1A-CLIP", "invoke_flux_lora_kohya_format",
-        "invoke_flux_lora_diffusers_format", "invoke_flux_control_lora_format", "invoke_qwen_image_lora_diffusers_format",
+        "invoke_flux_lora_diffusers_format", "invoke_flux_control_lora_format",
+        "invoke_qwen_image_lora_diffusers_format",
     ],
 )  # fmt: skip
 def test_half_of_a_file_is_refused(name: str) -> None:
@@ -199,6 +201,7 @@ def lists() -> list[str]:
     return [n for n in names if "lokr" in n or "LoRA" in n or "lora" in n]
 
 
+@functools.cache
 def pool() -> dict[str, tuple[int, ...]]:
     """A few keys of every list of a real adapter, and of every ending that we know."""
     found: dict[str, tuple[int, ...]] = {}

@@ -224,7 +224,7 @@ def test_a_size_is_filled_to_the_optimum_less_one_rank(spectra: list[Spectrum], 
 def test_more_bytes_keep_no_less_energy(spectra: list[Spectrum], one: int, other: int) -> None:
     low, high = sorted((one, other))
     kept = [gain(spectra, allocate(RankRule("size", nbytes), spectra)) for nbytes in (low, high)]
-    assert kept[0] <= kept[1]
+    assert kept[0] <= kept[1] + 1e-9
 
 
 @given(several(), shares)

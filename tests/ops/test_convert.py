@@ -127,7 +127,11 @@ def test_the_default_name_is_the_inputs_own(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [
-        ({"to": "diffuser"}, "--to: unknown layout 'diffuser'", "known are original, diffusers, comfy"),
+        (
+            {"to": "diffuser"},
+            "--to: unknown layout 'diffuser'",
+            "known are original, diffusers, comfy, kohya, onetrainer, peft",
+        ),
         (
             {"to": "original", "prediction": "v"},
             "--prediction: unknown word 'v'",

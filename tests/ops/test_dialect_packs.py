@@ -1,4 +1,4 @@
-"""Adapters of packed projections: taken apart, put together, and back; ΔW stays, and where nothing is folded, every bit."""
+"""Adapters of packed projections: taken apart, put together, and back; ΔW stays, and every bit that is not folded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,12 @@ class Pack(NamedTuple):
 _DOUBLE, _SINGLE = "transformer.transformer_blocks.0.attn", "transformer.single_transformer_blocks.1"
 _QKV = {f"{_DOUBLE}.to_q": H, f"{_DOUBLE}.to_k": H, f"{_DOUBLE}.to_v": H}
 _ADDED = {f"{_DOUBLE}.add_q_proj": H, f"{_DOUBLE}.add_k_proj": H, f"{_DOUBLE}.add_v_proj": H}
-_LINEAR1 = {f"{_SINGLE}.attn.to_q": H, f"{_SINGLE}.attn.to_k": H, f"{_SINGLE}.attn.to_v": H, f"{_SINGLE}.proj_mlp": 4 * H}
+_LINEAR1 = {
+    f"{_SINGLE}.attn.to_q": H,
+    f"{_SINGLE}.attn.to_k": H,
+    f"{_SINGLE}.attn.to_v": H,
+    f"{_SINGLE}.proj_mlp": 4 * H,
+}
 _LAYER = "transformer.layers.3"
 PACKS = {
     "Flux, image": Pack("flux", "kohya", "lora_unet_double_blocks_0_img_attn_qkv", _QKV),
@@ -64,8 +69,8 @@ def through(pack: Pack, tensors: dict[str, Tensor], folder: Path, first: str, se
     """The file in one dialect, and that in another again."""
     source = save(folder / "source.safetensors", tensors)
     there, back = folder / "there.safetensors", folder / "back.safetensors"
-    convert(source, first, there, architecture=pack.architecture)
-    convert(there, second, back, architecture=pack.architecture)
+    convert(source, first, there, architecture=pack.architecture, check=True)
+    convert(there, second, back, architecture=pack.architecture, check=True)
     return there, back
 
 
@@ -138,7 +143,9 @@ def test_unequal_strengths_are_folded_and_said(pack: Pack, tmp_path: Path) -> No
     tensors = split(pack, (2, 4, 1), (1.0, 5.0, None))
     source = save(tmp_path / "source.safetensors", tensors)
     report = convert(source, pack.dialect, tmp_path / "there.safetensors", architecture=pack.architecture)
-    count = sum(alpha != rank for _, (rank, alpha) in zip(pack.parts, [(2, 1.0), (4, 5.0), (1, 1), (2, 1.0)], strict=False))
+    count = sum(
+        alpha != rank for _, (rank, alpha) in zip(pack.parts, [(2, 1.0), (4, 5.0), (1, 1), (2, 1.0)], strict=False)
+    )
     assert report.warnings == [
         f"{count} modules that are packed together differ in strength: it is folded into their up"
     ]
@@ -252,14 +259,19 @@ def test_different_factors_of_other_families_are_not_joined(family: str, tmp_pat
 
 def test_glora_cannot_be_cut_and_says_so(tmp_path: Path) -> None:
     maker = Maker(7)
-    tensors = {".a1.weight": maker(2, H), ".a2.weight": maker(H, 2), ".b1.weight": maker(2, H), ".b2.weight": maker(24, 2)}
+    tensors = {
+        ".a1.weight": maker(2, H),
+        ".a2.weight": maker(H, 2),
+        ".b1.weight": maker(2, H),
+        ".b2.weight": maker(24, 2),
+    }
     source = save(tmp_path / "source.safetensors", named({ONE.module: tensors}))
     with pytest.raises(MismatchError) as caught:
         convert(source, "diffusers", tmp_path / "out.safetensors", architecture="flux")
     assert str(caught.value) == f"{source}: {ONE.module!r} is a glora, which cannot be cut into rows exactly"
 
 
-# ------------------------------------------------------------------------------------------------ halves that trade places
+# ------------------------------------------------------------------------------------------------ halves
 
 
 HALVES = {
@@ -365,6 +377,4 @@ def test_tensors_of_different_dtypes_are_not_joined(tmp_path: Path) -> None:
     source = save(tmp_path / "source.safetensors", {**tensors, name: tensors[name].half()})
     with pytest.raises(MismatchError) as caught:
         convert(source, "kohya", tmp_path / "out.safetensors", architecture="flux")
-    assert str(caught.value) == (
-        f"{source}: {ONE.module!r} would join tensors (up) whose dtypes or widths differ"
-    )
+    assert str(caught.value) == (f"{source}: {ONE.module!r} would join tensors (up) whose dtypes or widths differ")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from loras import Maker, convert, delta, deltas, metadata_of, modules_of, named, save, tensors_of
+from loras import Maker, convert, delta, deltas, metadata_of, named, save, tensors_of
 from torch import nn
 
 with warnings.catch_warnings():
@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
-    import peft.tuners.tuners_utils
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     _EAGER = (  # imported when first asked for
         transformers.CLIPTextModel, diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline,
@@ -179,12 +179,11 @@ def assert_changed(found: Mapping[Any, Tensor], wanted: Mapping[Any, Tensor]) ->
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
+def _quiet() -> None:
     """transformers and diffusers log what is not there."""
     diffusers.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    yield
 
 
 @pytest.mark.parametrize("alpha", ["carry", "fold"])
@@ -232,9 +231,9 @@ def test_diffusers_fuses_kohyas_and_comfys_names_where_it_reads_them(
 
 
 def test_diffusers_itself_loses_alphas_of_attentions_in_kohyas_names(tmp_path: Path) -> None:
-    """Its patterns keep `processor.to_k_lora.down.weight`; once it is mended, several alphas belong into the test above."""
+    """Its patterns keep `processor.to_k_lora.down.weight`; once mended, several alphas belong into the test above."""
     pipeline = sd15()
-    modules, wanted = made(pipeline)
+    modules, _ = made(pipeline)
     source = save(tmp_path / "lora.safetensors", named(modules))
     convert(source, "kohya", tmp_path / "out.safetensors")
     with pytest.raises(RuntimeWarning, match=r"alpha_pattern keys did not match.*to_k_lora\.down"):
@@ -272,7 +271,7 @@ def changes_of(model: Any) -> dict[str, Tensor]:
     return {
         name.removeprefix("base_model.model."): module.get_delta_weight("default").detach().double()
         for name, module in model.named_modules()
-        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
+        if isinstance(module, BaseTunerLayer)
     }
 
 
@@ -343,7 +342,9 @@ def test_a_folder_that_peft_saved_means_the_same_elsewhere(name: str, to: str, t
 @pytest.mark.parametrize(
     "config",
     [
-        peft.LoHaConfig(r=3, alpha=2, target_modules=["to_q", "norm.linear"], rank_pattern={"to_q": 2}, init_weights=False),
+        peft.LoHaConfig(
+            r=3, alpha=2, target_modules=["to_q", "norm.linear"], rank_pattern={"to_q": 2}, init_weights=False
+        ),
         peft.LoKrConfig(r=2, alpha=3, target_modules=["to_q", "norm.linear"], decompose_factor=4, init_weights=False),
         peft.LoKrConfig(r=1, alpha=3, target_modules=["to_q", "proj_mlp"], decompose_both=True, init_weights=False),
         peft.LoKrConfig(r=16, alpha=16, target_modules=["to_q", "proj_mlp"], init_weights=False),
@@ -358,3 +359,24 @@ def test_other_families_of_peft_go_through_other_dialects_and_back(config: Any, 
     assert not report.warnings
     loaded = peft.PeftModel.from_pretrained(flux().transformer, str(tmp_path / "back"))
     assert_changed(changes_of(loaded), wanted)
+
+
+def test_diffusers_loads_kronecker_products_whose_alpha_is_folded(tmp_path: Path) -> None:
+    """Of Z-Image and Flux.2, it takes LoKr in its own names without alphas, and makes their settings from shapes."""
+    pipeline = z_image()
+    maker = Maker(5)
+    modules = {
+        f"diffusion_model.layers.{n}.attention.to_{name}": {
+            ".lokr_w1": maker(4, 4), ".lokr_w2_a": maker(8, 2), ".lokr_w2_b": maker(2, 8), ".alpha": torch.tensor(1.0),
+        }
+        for n in range(2) for name in ("q", "k", "v")
+    }  # fmt: skip
+    source = save(tmp_path / "lora.safetensors", named(modules))
+    report = convert(source, "diffusers", tmp_path / "carried.safetensors")
+    assert report.warnings == ["diffusers itself loads LoKr of this model without alphas: --alpha fold"]
+    report = convert(source, "diffusers", tmp_path / "out.safetensors", alpha="fold")
+    assert not report.warnings
+    wanted = {("transformer", k.removeprefix("diffusion_model.")): change for k, change in deltas(source).items()}
+    pipeline.load_lora_weights(str(tmp_path), weight_name="out.safetensors", adapter_name="default")
+    found = {("transformer", name): change for name, change in changes_of(pipeline.transformer).items()}
+    assert_changed(found, wanted)

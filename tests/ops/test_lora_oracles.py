@@ -1,4 +1,4 @@
-"""diffusers' own converters of LoRA names, on files of real widths, against ours. Where theirs are wrong, they are named."""
+"""diffusers' own converters of LoRA names, on files of real widths, against ours. Where they are wrong is said."""
 
 from __future__ import annotations
 

@@ -6,12 +6,12 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightops.errors import printable
+from weightops.errors import listing, printable, quote
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -165,28 +165,15 @@ def print_warning(text: str) -> None:
 
 def inspection(found: Inspection, *, verbose: bool) -> None:
     out = console()
-    what = " · ".join(
-        [found.kind, *([found.architecture] if found.architecture else []),
-         *([f"{found.spelling} names"] if found.spelling else []), found.container,
-         f"{number(found.parameters)} parameters", size(found.nbytes)]
-    )  # fmt: skip
     out.print(printable(found.path), style="bold", soft_wrap=True)
-    out.print(what)
-    if found.components:
+    _dotted(out, _lora_words(found, found.lora) if found.lora is not None else _kind_words(found))
+    held = [found.container, f"{number(found.parameters)} parameters", size(found.nbytes)]
+    _dotted(out, [*held, dtypes(found.dtypes)] if found.lora is not None else held)
+    for line in _oddities(found, verbose):
+        out.print(line, style="yellow", soft_wrap=True)
+    if found.components and found.lora is None:
         out.print()
-        drawn = table("component", "tensors", "parameters", "size", "dtypes", right=(1, 2, 3))
-        for name, entry in found.components.items():
-            drawn.add_row(
-                name,
-                f"{entry['tensors']:,}",
-                number(entry["parameters"]),
-                size(entry["bytes"]),
-                dtypes(entry["dtypes"]),
-            )
-        if len(found.components) > 1:
-            total = (f"{found.count:,}", number(found.parameters), size(found.nbytes), dtypes(found.dtypes))
-            drawn.add_row("total", *total, style="dim")
-        out.print(drawn)
+        _components(out, found)
     if found.metadata:
         out.print()
         drawn = table("metadata", "")
@@ -215,6 +202,113 @@ def inspection(found: Inspection, *, verbose: bool) -> None:
         tree(out, found.tensors, found.stats)
     elif found.stats is not None:
         _stats_summary(out, found)
+
+
+def _dotted(out: Console, words: Iterable[str]) -> None:
+    """The words in one line, or, where that is too narrow, in several, broken between two of them."""
+    line = ""
+    for word in filter(None, words):
+        if line and len(line) + 3 + len(word) > out.width:
+            out.print(line, soft_wrap=True)
+            line = ""
+        line = f"{line} · {word}" if line else word
+    out.print(line, soft_wrap=True)
+
+
+def _kind_words(found: Inspection) -> list[str]:
+    """checkpoint, sd15 (sd15_inpaint), original names; or what it may be."""
+    words = [found.kind]
+    if found.architecture is not None:
+        variant = found.variant if found.variant not in (None, found.architecture) else None
+        words.append(f"{found.architecture} ({variant})" if variant else found.architecture)
+    elif found.possible:
+        words.append(f"cannot tell: {_either(found.possible)}")
+    return [*words, f"{found.spelling} names"] if found.spelling else words
+
+
+def _lora_words(found: Inspection, lora: Mapping[str, Any]) -> list[str]:
+    """sdxl LoRA, kohya, lora, rank 16 (722 modules), alpha 8, unet 722."""
+    words = [f"{found.architecture} LoRA" if found.architecture else "LoRA"]
+    if found.possible:
+        words.append(f"cannot tell: {_either(found.possible)}")
+    elif not found.architecture and lora["dialect"] != "cloneofsimo":
+        words.append("of no known model")
+    words += [", ".join(lora["dialects"])] if lora["dialects"] else [lora["dialect"]] if lora["dialect"] else []
+    modules = f"{lora['modules']:,} module{'' if lora['modules'] == 1 else 's'}"
+    if lora["families"]:
+        words.append(_counted(lora["families"], lora["modules"]))
+    words.append(_sizes("rank", lora["ranks"], lora["modules"]) or modules)
+    if lora["ranks"]:
+        words[-1] = words[-1] if "(" in words[-1] else f"{words[-1]} ({modules})"
+        words.append(_sizes("alpha", lora["alphas"], lora["modules"]) or "no alpha")
+    if lora["targets"]:
+        words.append(", ".join(f"{name} {count:,}" for name, count in lora["targets"].items()))
+    return words
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _counted(found: Mapping[str, int], total: int) -> str:
+    """Names, each with its count, unless it is all there is."""
+    return ", ".join(name if count == total else f"{name} {count:,}" for name, count in found.items())
+
+
+def _sizes(word: str, found: Mapping[str, int], total: int) -> str:
+    """A few numbers, each with its count unless all modules have it; of many, the least and the largest."""
+    if len(found) > 3:
+        numbers = sorted(found, key=float)
+        return f"{word}s {numbers[0]} to {numbers[-1]}"
+    counts = (value if count == total else f"{value} ({count:,})" for value, count in found.items())
+    return f"{word} {', '.join(counts)}" if found else ""
+
+
+def _oddities(found: Inspection, verbose: bool) -> Iterator[str]:
+    """What is strange in the file, by name: at most five of each kind, all of them with -v."""
+
+    def named(names: Sequence[str]) -> str:
+        return ", ".join(map(quote, names)) if verbose else listing(names)
+
+    def counted(names: Sequence[str], one: str, several: str) -> str:
+        return f"{len(names):,} {one if len(names) == 1 else several}: {named(names)}"
+
+    if found.strangers:
+        yield counted(found.strangers, "strange key", "strange keys")
+    lora = found.lora
+    if lora is None:
+        return
+    if lora["unresolved"] and not found.possible:
+        where = f"that {found.architecture} does not have" if found.architecture else "of no known name"
+        yield counted(lora["unresolved"], f"module {where}", f"modules {where}")
+    if lora["unknown"]:
+        yield counted(lora["unknown"], "key of no known scheme", "keys of no known scheme")
+    if lora["embeddings"]:
+        yield counted(lora["embeddings"], "embedding", "embeddings")
+    shown = lora["problems"] if verbose else lora["problems"][:5]
+    for problem in shown:
+        yield f"problem: {quote(problem['name'])} {printable(problem['what'])}"
+    if len(shown) < len(lora["problems"]):
+        yield f"(and {len(lora['problems']) - len(shown):,} more problems; -v shows them)"
+
+
+def _components(out: Console, found: Inspection) -> None:
+    known = any("network" in entry for entry in found.components.values())
+    names = ("component", *(["network"] if known else []), "tensors", "parameters", "size", "dtypes")
+    drawn = table(*names, right=tuple(names.index(n) for n in ("tensors", "parameters", "size")))
+    for name, entry in found.components.items():
+        drawn.add_row(
+            name,
+            *([entry.get("network", "-")] if known else []),
+            f"{entry['tensors']:,}",
+            number(entry["parameters"]),
+            size(entry["bytes"]),
+            dtypes(entry["dtypes"]),
+        )
+    if len(found.components) > 1:
+        total = (f"{found.count:,}", number(found.parameters), size(found.nbytes), dtypes(found.dtypes))
+        drawn.add_row("total", *([""] if known else []), *total, style="dim")
+    out.print(drawn)
 
 
 def recipe_words(text: str) -> str | None:
@@ -246,7 +340,8 @@ def inspections(found: list[Inspection]) -> None:
     drawn = table("file", "kind", "architecture", "tensors", "parameters", "size", "dtypes", right=(3, 4, 5))
     for one in found:
         drawn.add_row(
-            printable(one.path), one.kind, one.architecture or "-", f"{one.count:,}", number(one.parameters),
+            printable(one.path), one.kind, one.architecture or (_either(one.possible) if one.possible else "-"),
+            f"{one.count:,}", number(one.parameters),
             size(one.nbytes), dtypes(one.dtypes),
         )  # fmt: skip
     console().print(drawn)

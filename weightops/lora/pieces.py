@@ -7,6 +7,7 @@ each has ranks of its own. Knows names, shapes and bytes; no files, no devices.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ from weightops.files.tensor import Slot, TensorSpec
 from weightops.naming.keymap import Rule, heights, swaps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from weightops.lora.adapters import Adapter
     from weightops.lora.family import Family
@@ -88,13 +89,17 @@ class Piece:
         return next((self.parts[part].spec.rows for part in self.family.rows if part in self.parts), None)
 
 
+# Of a key's matrix, the first rows: a numpy array, true where a value is not zero.
+Filled = Callable[[str, int], Any]
+
+
 def take_apart(
-    adapter: Adapter, alpha: float | None, specs: Mapping[str, TensorSpec], read: Callable[[str, int], Any], label: str
+    adapter: Adapter, alpha: float | None, specs: Mapping[str, TensorSpec], read: Filled | None, label: str
 ) -> list[Piece]:
     """The pieces of an adapter, one for each canonical module that it changes.
 
-    read: the first rows of a matrix -> a numpy array, true where a value is not zero (only asked of an `up` that may
-    be block-diagonal). Raises MismatchError for an adapter that cannot be taken apart exactly.
+    read: tells an `up` that is block-diagonal, whose blocks are each a module's own; None: all are shared, which is
+    exact as well. Raises MismatchError for an adapter that cannot be taken apart exactly.
     """
     assert adapter.target is not None
     target, family = adapter.target, adapter.family
@@ -115,7 +120,7 @@ def take_apart(
             label,
             f"{quote(adapter.name)} changes {rows} rows, which cannot be shared out to {', '.join(target.names)}",
         )
-    blocks = _block_columns(parts, bands, alpha, read) if family.name == "lora" else None
+    blocks = _block_columns(parts, bands, alpha, read) if family.name == "lora" and read is not None else None
     pieces = []
     start = 0
     for number, (name, height) in enumerate(zip(target.names, bands, strict=True)):
@@ -222,7 +227,7 @@ def _within(outer: Bands | None, inner: Bands) -> Bands:
 
 
 def _block_columns(
-    parts: Mapping[str, Source], bands: Sequence[int], alpha: float | None, read: Callable[[str, int], Any]
+    parts: Mapping[str, Source], bands: Sequence[int], alpha: float | None, read: Filled
 ) -> list[tuple[int, int]] | None:
     """The columns of each band's own block in a block-diagonal `up`, none for rows of zeros; None: it is not such."""
     up = parts["up"].spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass, field
@@ -45,7 +46,6 @@ class State:
     used: set[str] = field(default_factory=set)
     copied: set[str] = field(default_factory=set)
     homes: dict[str, str] = field(default_factory=dict)
-    cache: dict[Source, bytes] = field(default_factory=dict)
     dropped: set[str] = field(default_factory=set)
     dtype: str = "keep"
 
@@ -138,7 +138,7 @@ def pieces_of(state: State, drop: tuple[str, ...]) -> list[Piece]:
         if strength is not None and not math.isfinite(strength):
             what = f"{quote(adapter.name)} has alpha {strength}, expected a finite number"
             raise FormatError(state.opened.label, what)
-        pieces += take_apart(adapter, strength, specs, lambda key: _matrix(state, key), state.opened.label)
+        pieces += take_apart(adapter, strength, specs, lambda key, rows: _filled(state, key, rows), state.opened.label)
     seen: dict[tuple[str, str, str], str] = {}
     for piece in pieces:
         place = piece.component, piece.name, piece.family.name
@@ -149,23 +149,21 @@ def pieces_of(state: State, drop: tuple[str, ...]) -> list[Piece]:
     return pieces
 
 
-def _matrix(state: State, key: str) -> Any:
-    """The bits of a matrix, as unsigned integers: enough to see its zeros."""
+def _filled(state: State, key: str, rows: int) -> Any:
+    """The first rows of a matrix, true where a value is not zero to the bit."""
     import numpy as np
 
-    spec = state.opened.tensors[key].spec
-    data = read_source(state, Source(key, spec))
-    return np.frombuffer(data, dtype=np.uint8).reshape(spec.rows, spec.shape[1], -1).any(axis=2)
+    spec = state.opened.tensors[key].spec.with_rows(rows)
+    data = read_source(state, Source(key, spec, ((0, rows),)))
+    return np.frombuffer(data, dtype=np.uint8).reshape(rows, spec.shape[1], -1).any(axis=2)
 
 
 def read_source(state: State, source: Source) -> bytes:
     """All bytes of a source."""
-    if source not in state.cache:
-        slot = source.rows(state.opened.tensors[source.key].spec)
-        data = bytearray(slot.spec.nbytes)
-        state.opened.read_bytes(slot, 0, len(data), memoryview(data))
-        state.cache[source] = bytes(data) if source.columns is None else _columns(data, slot.spec, source.columns)
-    return state.cache[source]
+    slot = source.rows(state.opened.tensors[source.key].spec)
+    data = bytearray(slot.spec.nbytes)
+    state.opened.read_bytes(slot, 0, len(data), memoryview(data))
+    return bytes(data) if source.columns is None else _columns(data, slot.spec, source.columns)
 
 
 def _columns(data: bytearray, spec: TensorSpec, columns: tuple[int, int]) -> bytes:
@@ -177,9 +175,13 @@ def _columns(data: bytearray, spec: TensorSpec, columns: tuple[int, int]) -> byt
 
 
 def _same(state: State) -> Callable[[Source, Source], bool]:
-    def same(a: Source, b: Source) -> bool:
-        return a == b or (a.spec == b.spec and read_source(state, a) == read_source(state, b))
+    """Do two factors that packed modules may share hold the same bytes?"""
 
+    def same(a: Source, b: Source) -> bool:
+        return a == b or (a.spec == b.spec and read(a) == read(b))
+
+    # Each is compared with its neighbours alone; kept for longer, all factors of an adapter would fill the memory.
+    read = functools.lru_cache(maxsize=4)(lambda source: read_source(state, source))
     return same
 
 
@@ -193,11 +195,11 @@ def _write(state: State, unit: Unit) -> None:
         written = becomes(_written_spec(state, part, spec), state.dtype)
         spec = becomes(spec, state.dtype)
         if any(f.source.spec.dtype != spec.dtype for f in fills):
-            fills = tuple(f._replace(strength=f.strength or 1.0) for f in fills)
+            fills = tuple(f._replace(strength=1.0 if f.strength is None else f.strength) for f in fills)
         state.outputs[key] = written
         state.tasks += fill(key, written if len(fills) == 1 else spec, fills, state.opened.tensors, state.opened.label)
         (state.copied if copies(fills) else state.used).update(f.source.key for f in fills)
-    given = {k for k in (_alpha_key(state, p) for p in unit.pieces) if k is not None}
+    given = {p.alpha_key for p in unit.pieces if p.alpha_key is not None}
     value = unit.alpha
     if _alpha_is_beside(state.dialect, unit.family):
         state.used |= given if unit.rank is not None else set()
@@ -261,15 +263,10 @@ def _refuse_what_peft_lacks(state: State, units: Sequence[Unit]) -> None:
         )
 
 
-def _alpha_key(state: State, piece: Piece) -> str | None:
-    adapter = next(a for a in state.found.adapters if a.name == piece.adapter and a.family.name == piece.family.name)
-    return adapter.keys.get("alpha")
-
-
 def _write_alpha(state: State, unit: Unit, value: float) -> None:
     """Alpha as the file has it, where it stays; else in the factors' dtype, or in F32 where that cannot hold it."""
     key = _key(state, unit, "alpha")
-    given = _alpha_key(state, unit.pieces[0])
+    given = unit.pieces[0].alpha_key
     if given is not None and unit.pieces[0].alpha == value == read_number(state.opened, given):
         spec = state.opened.tensors[given].spec
         state.outputs[key] = spec
@@ -419,9 +416,16 @@ def _warnings(state: State, units: Sequence[Unit]) -> list[str]:
     if state.dialect.folder and any(u.family == "lokr" for u in units) and decompose_factor(_modules(units)) is None:
         found.append("PEFT would share out these LoKr modules to other factors, and cannot load them; weightops can")
     families = {u.family for u in units} - {"lora"}
-    if state.dialect.name == "diffusers" and families:
+    if state.dialect.name == "diffusers" and families == {"lokr"} and state.architecture.name in _LOKR_IN_DIFFUSERS:
+        if any(u.alpha is not None for u in units):
+            found.append("diffusers itself loads LoKr of this model without alphas: --alpha fold")
+    elif state.dialect.name == "diffusers" and families:
         found.append(f"diffusers itself loads no {listing(sorted(families))} in these names; weightops and ComfyUI do")
     return found
+
+
+# Source: diffusers 0.42, loaders/lora_pipeline.py.
+_LOKR_IN_DIFFUSERS = ("flux2", "z_image")
 
 
 def check_words_of_dialect(to: str, alpha: str) -> None:

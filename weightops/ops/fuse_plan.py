@@ -209,7 +209,7 @@ def _pieces(
     if all((adapter.component, f"{n}.{leaf}") not in state.places for n in adapter.target.names for leaf in _LEAVES):
         held = any(component == adapter.component for component, _ in state.places)
         return f"{state.opened.label} has no {adapter.target.names[0] if held else adapter.component}"
-    return take_apart(adapter, alpha, specs, lambda _key: _Dense(), label)
+    return take_apart(adapter, alpha, specs, lambda _key, _bands: _Dense(), label)
 
 
 _LEAVES = ("weight", "bias")

@@ -11,11 +11,11 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from weightops.engine.chunks import BLOCK_VALUES, DEFAULT_MEMORY
-from weightops.errors import UsageError, quote
+from weightops.errors import FormatError, UsageError, quote
 from weightops.files.checkpoint import Checkpoint, open_checkpoint
 from weightops.files.dtypes import ARITHMETIC
 from weightops.files.tensor import Slot, TensorSpec
-from weightops.lora.adapters import AdapterFile, alphas, read_adapters
+from weightops.lora.adapters import AdapterFile, Problem, alphas, read_adapters
 from weightops.naming.identify import Identity, identify
 from weightops.plan import Block, Input, Plan, Task
 
@@ -167,23 +167,30 @@ def _components(opened: Checkpoint, identity: Identity) -> dict[str, dict[str, A
 
 def _lora(opened: Checkpoint, adapters: AdapterFile) -> dict[str, Any]:
     """What `inspect` says of an adapter file; its counts are of modules."""
-    scales = alphas(opened, adapters)
-    numbers = Counter(scales[a.name] for a in adapters.adapters if scales.get(a.name) is not None)
-    unresolved = [a.name for a in adapters.adapters if a.target is None]
-    modules = len({a.name for a in adapters.adapters}) or len(adapters.indexed) // 2
+    scales = _alphas(opened, adapters)
     return {
         "dialect": adapters.dialect,
         "dialects": dict(adapters.schemes.most_common()),
         "families": dict(Counter(a.label for a in adapters.adapters).most_common()),
         "ranks": {str(r): n for r, n in Counter(a.rank for a in adapters.adapters).most_common() if r is not None},
-        "alphas": {f"{alpha:g}": n for alpha, n in numbers.most_common() if alpha is not None},
-        "modules": modules,
+        "alphas": dict(scales.most_common()),
+        "modules": len({a.name for a in adapters.adapters}) or len(adapters.indexed) // 2,
         "targets": dict(Counter(a.component for a in adapters.adapters if a.component).most_common()),
-        "unresolved": unresolved,
+        "unresolved": [a.name for a in adapters.adapters if a.target is None],
         "embeddings": adapters.embeddings,
         "problems": [{"name": name, "what": what} for name, what in adapters.problems],
         "unknown": adapters.left,
     }
+
+
+def _alphas(opened: Checkpoint, adapters: AdapterFile) -> Counter[str]:
+    """How many modules have which alpha. What is wrong with them is one of the file's problems, and no error."""
+    try:
+        scales = alphas(opened, adapters)
+    except FormatError as e:
+        adapters.problems.append(Problem(e.where, e.what))
+        return Counter()
+    return Counter(f"{alpha:g}" for alpha in scales.values() if alpha is not None)
 
 
 # ------------------------------------------------------------------------------------------------ statistics

@@ -1,4 +1,4 @@
-"""Strengths beside the tensors: PEFT's configuration, read as PEFT reads it, written so that it means its modules alone."""
+"""Strengths beside the tensors: PEFT's configuration, read as PEFT reads it, written to mean its modules alone."""
 
 from __future__ import annotations
 

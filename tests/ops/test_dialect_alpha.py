@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -31,6 +31,9 @@ from loras import (
 
 from weightops.errors import FormatError
 from weightops.lora.dialects import DIALECTS
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _LEGACY = {
     "format": "pt", "ss_network_dim": "4", "ss_network_alpha": "1.0", "ss_base_model_version": "sd_v1-5",

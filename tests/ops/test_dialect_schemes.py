@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,6 +17,9 @@ from loras import (
     save,
     tensors_of,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _TEXT = "text_model.encoder.layers.0.self_attn"
 _OUT = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out.0": "to_out"}

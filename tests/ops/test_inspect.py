@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
 import math
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import save, save_raw
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import weightops
 from weightops.engine.chunks import BLOCK_VALUES
 from weightops.errors import UsageError
+from weightops.lora import dialects
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import Tensor
 
     from weightops.ops.inspect import Inspection
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-FIXTURE = Path(__file__).parents[2] / "fixtures" / "headers" / "sdxl.json.gz"
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "headers"
 
 
 @pytest.fixture(autouse=True)
@@ -54,19 +60,27 @@ def test_a_file_is_described_from_its_header() -> None:
         "kind": "checkpoint",
         "architecture": "sd15",
         "spelling": "original",
+        "variant": None,
+        "possible": [],
         "container": "safetensors",
         "tensors": 4,
         "parameters": 16 + 4 + 6 + 77,
         "bytes": Path("a.safetensors").stat().st_size,
         "dtypes": {"F16": 2, "F32": 1, "I64": 1},
         "components": {
-            "text_encoder": {"tensors": 1, "parameters": 77, "bytes": 616, "dtypes": {"I64": 1}},
-            "unet": {"tensors": 2, "parameters": 20, "bytes": 48, "dtypes": {"F32": 1, "F16": 1}},
+            "text_encoder": {
+                "tensors": 1, "parameters": 77, "bytes": 616, "dtypes": {"I64": 1}, "network": "clip",
+                "spelling": "transformers",
+            },
+            "unet": {
+                "tensors": 2, "parameters": 20, "bytes": 48, "dtypes": {"F32": 1, "F16": 1}, "network": "sd15_unet",
+                "spelling": "original",
+            },
             "vae": {"tensors": 1, "parameters": 6, "bytes": 12, "dtypes": {"F16": 1}},
         },
         "metadata": {"a": "1", "z": "2"},
         "left_out": [],
-    }
+    }  # fmt: skip
 
 
 def test_every_dtype_of_the_format_is_shown_and_counted() -> None:
@@ -86,22 +100,6 @@ def test_an_empty_file_of_tensors_is_described() -> None:
     save(Path("a.safetensors"), {})
     found = weightops.inspect("a.safetensors", stats=True)
     assert (found.kind, found.count, found.parameters, found.components, found.stats) == ("unknown", 0, 0, {}, {})
-
-
-@pytest.mark.skipif(not FIXTURE.is_file(), reason="the fixture is not here")
-def test_a_real_header_of_sdxl_is_known() -> None:
-    listed = json.loads(gzip.decompress(FIXTURE.read_bytes()))
-    shapes = {k: v["shape"] if isinstance(v, dict) else v[-1] for k, v in listed.items() if k != "__metadata__"}
-    tiny = {k: ("F16", [min(d, 2) for d in s], b"\0\0" * math.prod(min(d, 2) for d in s)) for k, s in shapes.items()}
-    save_raw(Path("a.safetensors"), tiny)
-    found = weightops.inspect("a.safetensors")
-    assert (found.kind, found.architecture, found.spelling, found.count) == (
-        "checkpoint",
-        "sdxl",
-        "original",
-        len(tiny),
-    )
-    assert found.components.keys() >= {"unet", "vae", "text_encoder", "text_encoder_2"}
 
 
 @pytest.mark.parametrize(
@@ -146,25 +144,253 @@ def test_what_a_pickle_holds_is_described_without_running_it() -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
 @pytest.mark.parametrize(
-    ("path", "kind", "count"),
+    ("path", "kind", "architecture", "count"),
     [
-        ("loras/pickle/cloneofsimo_lora_kiriko2.text_encoder.pt", "unknown", 96),
-        ("loras/pickle/cloneofsimo_lora_kiriko2.ti.pt", "embedding", 1),
-        ("loras/pickle/cloneofsimo_lora_pop.pt", "unknown", 256),
-        ("checkpoints/taef2_decoder.pth", "unknown", 79),
-        ("checkpoints/taef2_encoder.pth", "unknown", 79),
-        ("loras/catundchat_sd15.safetensors", "lora", 256),
-        ("loras/cloneofsimo_lora_disney.safetensors", "lora", 386),
-        ("loras/hyper07_peft.safetensors", "lora", 256),
-        ("loras/lycoris_smart_falcon_16_lokr.safetensors", "lora", 1750),
+        ("loras/pickle/cloneofsimo_lora_kiriko2.text_encoder.pt", "lora", None, 96),
+        ("loras/pickle/cloneofsimo_lora_kiriko2.ti.pt", "embedding", None, 1),
+        ("loras/pickle/cloneofsimo_lora_pop.pt", "lora", None, 256),
+        ("checkpoints/taef2_decoder.pth", "unknown", None, 79),
+        ("checkpoints/taef2_encoder.pth", "unknown", None, 79),
+        ("loras/catundchat_sd15.safetensors", "lora", "sd15", 256),
+        ("loras/cloneofsimo_lora_disney.safetensors", "lora", None, 386),
+        ("loras/hyper07_peft.safetensors", "lora", "sd15", 256),
+        ("loras/lycoris_smart_falcon_16_lokr.safetensors", "lora", "sd15", 1750),
     ],
 )
-def test_real_files_are_described(path: str, kind: str, count: int) -> None:
+def test_real_files_are_described(path: str, kind: str, architecture: str | None, count: int) -> None:
     found = weightops.inspect(SHARED / path, stats=True)
-    assert (found.kind, found.count) == (kind, count)
-    assert found.architecture is None
+    assert (found.kind, found.architecture, found.count) == (kind, architecture, count)
     assert found.stats is not None
     assert not any(s.nan or s.inf for s in found.stats.values())
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def sparse(path: str, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str] | None = None) -> Path:
+    """A safetensors file of half floats that are all zero, and that take no room."""
+    head: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    stop = 0
+    for key, shape in shapes.items():
+        start, stop = stop, stop + 2 * math.prod(shape)
+        head[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, stop]}
+    text = json.dumps(head).encode()
+    with Path(path).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + stop)
+    return Path(path)
+
+
+@functools.cache
+def fixture(name: str) -> dict[str, list[int]]:
+    path = FIXTURES / f"{name}.json.gz"
+    if not path.is_file():
+        pytest.skip("the fixture is not here")
+    return {key: shape for key, (_, shape) in json.loads(gzip.decompress(path.read_bytes())).items()}
+
+
+def test_a_whole_checkpoint_is_described_with_the_network_of_each_component() -> None:
+    found = weightops.inspect(sparse("a.safetensors", fixture("sdxl")))
+    assert (found.kind, found.architecture, found.spelling, found.variant) == ("checkpoint", "sdxl", "original", "sdxl")
+    assert {name: (entry["network"], entry["spelling"]) for name, entry in found.components.items()} == {
+        "unet": ("sdxl", "original"),
+        "vae": ("sd_vae", "original"),
+        "text_encoder": ("clip_l", "transformers"),
+        "text_encoder_2": ("clip_bigg", "openclip"),
+    }
+    assert "strangers" not in found.to_dict()
+    assert "lora" not in found.to_dict()
+
+
+def test_strange_keys_of_a_known_model_are_named() -> None:
+    strange = "model.diffusion_model.input_blocks.4.1.adapter.weight"
+    found = weightops.inspect(sparse("a.safetensors", {**fixture("sdxl"), strange: [4, 4]})).to_dict()
+    assert (found["architecture"], found["strangers"]) == ("sdxl", [strange])
+
+
+def test_what_names_and_shapes_cannot_tell_is_said() -> None:
+    shapes = {f"transformer_blocks.{i}.attn.to_q.weight": [3072, 3072] for i in range(3)}
+    found = weightops.inspect(sparse("a.safetensors", shapes)).to_dict()
+    assert found["architecture"] is found["spelling"] is found["variant"] is None
+    assert found["possible"] == ["chroma", "flux", "flux2", "hunyuan_video", "qwen_image"]
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+TEXT = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+
+
+def sd15_lora() -> dict[str, Tensor]:
+    """A made-up LoRA for Stable Diffusion 1, of rank 4 and 2, with an alpha each."""
+    return {
+        f"{UNET}.lora_down.weight": torch.zeros(4, 768),
+        f"{UNET}.lora_up.weight": torch.zeros(320, 4),
+        f"{UNET}.alpha": torch.tensor(2.0),
+        f"{TEXT}.lora_down.weight": torch.zeros(2, 768).half(),
+        f"{TEXT}.lora_up.weight": torch.zeros(3072, 2).half(),
+        f"{TEXT}.alpha": torch.tensor(1.5).half(),
+    }
+
+
+def test_an_adapter_is_described_by_dialect_families_ranks_and_alphas() -> None:
+    save(Path("a.safetensors"), sd15_lora(), {"ss_network_dim": "4"})
+    found = weightops.inspect("a.safetensors").to_dict()
+    assert {k: found[k] for k in ("kind", "architecture", "spelling", "variant", "possible")} == {
+        "kind": "lora", "architecture": "sd15", "spelling": "diffusers", "variant": None, "possible": [],
+    }  # fmt: skip
+    assert found["components"] == {
+        "adapter": {
+            "tensors": 6,
+            "parameters": 4 * 1088 + 2 * 3840 + 2,
+            "bytes": 4 * 4353 + 2 * 7681,
+            "dtypes": {"F32": 3, "F16": 3},
+        }
+    }
+    assert found["lora"] == {
+        "dialect": "kohya",
+        "dialects": {"kohya": 4},
+        "families": {"lora": 2},
+        "ranks": {"2": 1, "4": 1},
+        "alphas": {"1.5": 1, "2": 1},
+        "modules": 2,
+        "targets": {"text_encoder": 1, "unet": 1},
+        "unresolved": [],
+        "embeddings": [],
+        "problems": [],
+        "unknown": [],
+    }
+
+
+def test_a_real_list_of_a_lora_is_known() -> None:
+    found = weightops.inspect(sparse("a.safetensors", fixture("flux_lora_kohya")))
+    assert (found.kind, found.architecture, found.spelling, found.variant) == ("lora", "flux", "original", None)
+    assert found.lora is not None
+    assert (found.lora["dialect"], found.lora["families"], found.lora["ranks"], found.lora["modules"]) == (
+        "kohya", {"lora": 304}, {"16": 304}, 304,
+    )  # fmt: skip
+
+
+def test_a_module_of_two_families_is_one_module_with_one_alpha() -> None:
+    tensors = sd15_lora()
+    del tensors[f"{TEXT}.alpha"]
+    save(Path("a.safetensors"), {**tensors, f"{UNET}.diff_b": torch.zeros(320)})
+    lora = weightops.inspect("a.safetensors").lora
+    assert lora is not None
+    assert (lora["modules"], lora["families"], lora["alphas"]) == (2, {"lora": 2, "full": 1}, {"2": 1})
+
+
+def test_alphas_that_are_written_alike_are_counted_together() -> None:
+    alphas = {f"{UNET}.alpha": torch.tensor(1.0), f"{TEXT}.alpha": torch.tensor(1.0000001)}
+    save(Path("a.safetensors"), sd15_lora() | alphas)
+    lora = weightops.inspect("a.safetensors").lora
+    assert lora is not None
+    assert lora["alphas"] == {"1": 2}
+
+
+def test_an_alpha_may_stand_in_diffusers_header_or_in_pefts_file() -> None:
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    factors = {"lora_A.weight": torch.zeros(4, 768), "lora_B.weight": torch.zeros(320, 4)}
+    header = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 8})}
+    save(Path("d.safetensors"), {f"unet.{name}.{leaf}": t for leaf, t in factors.items()}, header)
+    Path("p").mkdir()
+    tensors = {f"base_model.model.{name}.{leaf}": t for leaf, t in factors.items()}
+    save(Path("p/adapter_model.safetensors"), tensors)
+    Path("p/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6}))
+    for path, dialect, alphas in (("d.safetensors", "diffusers", {"8": 1}), ("p", "peft", {"6": 1})):
+        lora = weightops.inspect(path).lora
+        assert lora is not None
+        assert (lora["dialect"], lora["alphas"]) == (dialect, alphas)
+
+
+@pytest.mark.parametrize(
+    ("more", "metadata", "name", "what"),
+    [
+        ({f"{UNET}.alpha": torch.tensor([True])}, {}, "a.safetensors", f"'{UNET}.alpha' is BOOL [1], expected one number"),
+        ({f"{UNET}.alpha": torch.ones(3)}, {}, UNET, "has an alpha of shape [3], expected one number"),
+        ({}, {"lora_adapter_metadata": "{"}, "a.safetensors", "'lora_adapter_metadata' in its header is no JSON"),
+        ({f"{UNET}.lora_down.weight": torch.zeros(5, 768)}, {}, UNET,
+         "has factors that do not meet: up [320, 4], down [5, 768]"),
+        ({f"{UNET}.hada_w1_a": torch.zeros(2, 2)}, {}, UNET, None),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_an_adapter_is_said_and_is_no_error(
+    more: dict[str, Tensor], metadata: dict[str, str], name: str, what: str | None
+) -> None:
+    save(Path("a.safetensors"), sd15_lora() | more, metadata)
+    lora = weightops.inspect("a.safetensors").lora
+    assert lora is not None
+    assert {"name": name, "what": what} in lora["problems"] or (what is None and name in str(lora["problems"]))
+
+
+def test_what_is_none_of_an_adapters_known_keys_is_named() -> None:
+    more = {
+        "<my-token>": torch.zeros(768),
+        "lora_unet_no_such_module.lora_down.weight": torch.zeros(4, 8),
+        "lora_unet_no_such_module.lora_up.weight": torch.zeros(8, 4),
+        "lora_unet_mangled_lora_down.weight": torch.zeros(4, 8),
+        "what": torch.zeros(1),
+    }
+    names = [f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn{i}_to_{x}" for i in (1, 2) for x in "qkv"]
+    names += [f"lora_unet_up_blocks_3_attentions_0_transformer_blocks_0_attn{i}_to_{x}" for i in (1, 2) for x in "qkv"]
+    for name in names:
+        width = 768 if "attn2_to_k" in name or "attn2_to_v" in name else 320
+        more |= {f"{name}.lora_down.weight": torch.zeros(4, width), f"{name}.lora_up.weight": torch.zeros(320, 4)}
+    save(Path("a.safetensors"), more)
+    found = weightops.inspect("a.safetensors")
+    assert found.architecture == "sd15"
+    assert found.lora is not None
+    assert found.lora["unresolved"] == ["lora_unet_no_such_module"]
+    assert found.lora["embeddings"] == ["<my-token>"]
+    assert found.lora["unknown"] == ["lora_unet_mangled_lora_down.weight", "what"]
+
+
+@functools.cache
+def adapter_lists() -> dict[str, dict[str, list[int]]]:
+    """Real lists of adapters: all there are, or else the fixture alone."""
+    found = {"fixture": fixture("flux_lora_kohya")}
+    for path in sorted([*(SHARED / "keys").glob("invoke_*.json.gz"), *(SHARED / "keys").glob("toolkit_LoRA*.json.gz")]):
+        shapes = {key: entry["shape"] for key, entry in json.loads(gzip.decompress(path.read_bytes())).items()}
+        found[path.name] = {key: [abs(d) for d in shape] for key, shape in shapes.items()}
+    return found
+
+
+ENDINGS = sorted({ending.text for ending in dialects.ENDINGS})
+BEGINNINGS = sorted({beginning.text for beginning in dialects.BEGINNINGS})
+
+
+@st.composite
+def odd_adapters(draw: st.DrawFn) -> dict[str, list[int]]:
+    """A few keys of a real adapter, some with other endings, beginnings, or shapes."""
+    lists = adapter_lists()
+    shapes = lists[draw(st.sampled_from(sorted(lists)))]
+    any_shape = st.lists(st.sampled_from([0, 1, 2, 3, 4, 16, 320]), max_size=5)
+    found: dict[str, list[int]] = {}
+    for key in draw(st.lists(st.sampled_from(sorted(shapes)), min_size=1, max_size=12, unique=True)):
+        stem = key.rpartition(".lora")[0] or key.rpartition(".")[0]
+        name = draw(
+            st.one_of(
+                st.just(key),
+                st.sampled_from(ENDINGS).map(stem.__add__),
+                st.sampled_from(BEGINNINGS).map(lambda text, key=key: text + key),
+                st.integers(0, len(key)).map(lambda stop, key=key: key[:stop]),
+                st.just(key.replace("0", draw(st.sampled_from(["#", "{}", "007", "²", ""])))),
+            )
+        )
+        found[name] = draw(st.one_of(st.just(shapes[key]), any_shape))
+    return found
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(odd_adapters())
+def test_an_odd_adapter_is_described_whatever_it_holds(shapes: dict[str, list[int]]) -> None:
+    found = weightops.inspect(sparse("odd.safetensors", shapes)).to_dict()
+    json.dumps(found, allow_nan=False)
+    assert found["tensors"] == len(shapes)
+    assert found["architecture"] is None or found["possible"] == []
+    if found["kind"] == "lora":
+        lora = found["lora"]
+        assert sum(lora["targets"].values()) + len(lora["unresolved"]) == sum(lora["families"].values())
 
 
 # ------------------------------------------------------------------------------------------------ statistics

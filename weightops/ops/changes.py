@@ -66,7 +66,8 @@ def fused(
         import torch
 
         given, out = inputs[0], outputs[0]
-        wide = torch.float64 if torch.float64 in (given.dtype, out.dtype) else torch.float32
+        # float32's own sums would be off by units in the last place of a float32 result.
+        wide = torch.float64 if {given.dtype, out.dtype} & {torch.float32, torch.float64} else torch.float32
         generator = None if seed is None else generator_for(seed, name, block.number, out.device)
         shared = [None if p in c.cut else t.to(wide) for (c, p), t in zip(_flat(changes), inputs[1:], strict=True)]
         rows = len(given) if given.ndim else 1
@@ -172,7 +173,7 @@ def _beside(before: Tensor, meant: Tensor, other: str) -> tuple[float, float]:
 
 def _sums(wanted: Tensor, meant: Tensor, stored: Tensor) -> tuple[float, float, float]:
     """‖wanted‖², ⟨added, wanted⟩ and ‖added − wanted‖²; added − wanted is stored − meant, small and exact."""
-    rest = stored.to(meant.dtype).sub_(meant)
+    rest = stored.to(meant.dtype) - meant
     total = _dot(wanted, wanted)
     return total, total + _dot(rest, wanted), _dot(rest, rest)
 

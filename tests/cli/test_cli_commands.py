@@ -215,9 +215,137 @@ def test_inspect_names_what_is_not_finite() -> None:
     assert "no NaN, no Inf" in weightops_here("inspect", "a.safetensors", "--stats").out
 
 
+def zeros(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    return {key: torch.zeros(shape) for key, shape in shapes.items()}
+
+
+def described(words: list[str], *more: str) -> list[str]:
+    """What inspect says of a file between its name and its tables."""
+    done = weightops_here("inspect", *words, *more)
+    assert (done.code, done.err) == (0, "")
+    return done.out.split("\n\n")[0].splitlines()[1:]
+
+
 def test_inspect_says_whose_names_the_tensors_bear() -> None:
     save(Path("sd.safetensors"), {"model.diffusion_model.input_blocks.1.1.proj_in.weight": torch.ones(2, 2, 1, 1)})
-    assert "checkpoint · sd15 · original names · safetensors · " in weightops_here("inspect", "sd.safetensors").out
+    assert described(["sd.safetensors"]) == [
+        "checkpoint · sd15 · original names",
+        "safetensors · 4 parameters · 144 B",
+    ]
+
+
+def test_inspect_names_the_variant_where_it_says_more_than_the_architecture() -> None:
+    conv = {"input_blocks.0.0.weight": (320, 9, 3, 3), "input_blocks.1.1.proj_in.weight": (320, 320, 1, 1)}
+    save(Path("inpaint.safetensors"), zeros(conv))
+    done = weightops_here("inspect", "inpaint.safetensors")
+    assert "checkpoint · sd15 (sd15_inpaint) · original names" in done.out.splitlines()
+    assert ["unet", "sd15_inpaint", "2"] in [line.split()[:3] for line in done.out.splitlines()]
+    save(
+        Path("vae.safetensors"),
+        zeros({"decoder.conv_in.weight": (512, 16, 3, 3), "encoder.conv_out.weight": (32, 512, 3, 3)}),
+    )
+    assert described(["vae.safetensors"])[0] == "vae · flux_vae · original names"
+
+
+def test_inspect_says_what_it_cannot_tell() -> None:
+    save(Path("x.safetensors"), zeros({"transformer_blocks.0.norm1.linear.weight": (18432, 3072)}))
+    assert described(["x.safetensors"])[0] == "unknown · cannot tell: flux or hunyuan_video"
+    table = weightops_here("inspect", "x.safetensors", "a.safetensors").out.splitlines()
+    assert "flux or hunyuan_video" in table[1]
+
+
+ATTN = "transformer_blocks_0_attn"
+
+
+def lora(**ranks: int) -> dict[str, torch.Tensor]:
+    """A LoRA for Stable Diffusion 1: module -> rank; each alpha is half of it."""
+    found = {}
+    for name, rank in ranks.items():
+        width = 768 if "attn2_to_k" in name else 320
+        found |= zeros({f"{name}.lora_down.weight": (rank, width), f"{name}.lora_up.weight": (320, rank)})
+        found[f"{name}.alpha"] = torch.tensor(rank / 2)
+    return found
+
+
+NAMES = [f"lora_unet_down_blocks_0_attentions_{i}_{ATTN}{j}_to_{x}" for i in (0, 1) for j in (1, 2) for x in "qk"]
+
+
+def test_inspect_says_in_a_line_what_a_lora_is() -> None:
+    save(Path("l.safetensors"), lora(**dict.fromkeys(NAMES, 16)))
+    assert described(["l.safetensors"]) == [
+        "sd15 LoRA · kohya · lora · rank 16 (8 modules) · alpha 8 · unet 8",
+        "safetensors · 96.3 k parameters · 388.5 kB · F32",
+    ]
+
+
+def test_inspect_counts_what_not_all_modules_of_a_lora_have() -> None:
+    tensors = lora(**dict.fromkeys(NAMES, 16)) | lora(**{NAMES[0]: 8})
+    del tensors[f"{NAMES[1]}.alpha"]
+    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    tensors |= zeros({f"{text}.lokr_w1": (4, 4), f"{text}.lokr_w2": (192, 192)})
+    save(Path("l.safetensors"), tensors)
+    assert described(["l.safetensors"])[0] == (
+        "sd15 LoRA · kohya · lora 8, lokr 1 · rank 16 (7), 8 (1) · alpha 8 (6), 4 (1) · unet 8, text_encoder 1"
+    )
+    save(Path("many.safetensors"), lora(**{name: 2 * i + 2 for i, name in enumerate(NAMES)}))
+    assert described(["many.safetensors"])[0] == (
+        "sd15 LoRA · kohya · lora · ranks 2 to 16 (8 modules) · alphas 1 to 8 · unet 8"
+    )
+
+
+def test_inspect_says_which_models_a_lora_may_be_for() -> None:
+    factors = {"lora_A.weight": (4, 3072), "lora_B.weight": (3072, 4)}
+    save(Path("l.safetensors"), zeros({f"transformer.transformer_blocks.0.norm1_context.linear.{k}": s for k, s in
+                                       {**factors, "lora_B.weight": (18432, 4)}.items()}))  # fmt: skip
+    assert described(["l.safetensors"])[0] == (
+        "LoRA · cannot tell: flux or hunyuan_video · diffusers · lora · rank 4 (1 module) · no alpha"
+    )
+    save(Path("u.safetensors"), zeros({f"diffusion_model.nothing.known.{k}": s for k, s in factors.items()}))
+    assert described(["u.safetensors"]) == [
+        "LoRA · of no known model · comfy · lora · rank 4 (1 module) · no alpha",
+        "safetensors · 24.6 k parameters · 98.5 kB · F32",
+        "1 module of no known name: 'diffusion_model.nothing.known'",
+    ]
+    save(Path("c.safetensors"), zeros({"unet:0:up": (320, 4), "unet:0:down": (4, 320)}))
+    assert described(["c.safetensors"])[0] == "LoRA · cloneofsimo · 1 module"
+
+
+def test_inspect_names_at_most_five_of_what_is_strange_and_all_of_it_with_v() -> None:
+    tensors = lora(**dict.fromkeys(NAMES, 16))
+    for name in NAMES[:7]:
+        del tensors[f"{name}.lora_up.weight"]
+    tensors |= {f"odd.{i}": torch.ones(1) for i in range(7)} | {"<token>": torch.ones(4)}
+    save(Path("l.safetensors"), tensors)
+    lines = described(["l.safetensors"])[2:]
+    assert lines[0] == "7 keys of no known scheme: 'odd.0', 'odd.1', 'odd.2', 'odd.3', 'odd.4' (and 2 more)"
+    assert lines[1] == "1 embedding: '<token>'"
+    assert sum(line.startswith("problem: 'lora_unet_down_blocks_0_attentions_") for line in lines[2:7]) == 5
+    assert lines[7:] == ["(and 2 more problems; -v shows them)"]
+    talkative = described(["l.safetensors"], "-v")[2:]
+    assert talkative[0].endswith("'odd.5', 'odd.6'")
+    assert sum(line.startswith("problem: ") for line in talkative) == 7
+
+
+def test_inspect_names_strange_keys_of_a_known_model() -> None:
+    blocks = {f"double_blocks.{i}.img_mod.lin.weight": (8, 4) for i in range(20)}
+    known = {"img_in.weight": (4, 4), "guidance_in.in_layer.weight": (4, 4)}
+    save(Path("m.safetensors"), zeros({**blocks, **known, "strange.weight": (1,), "odd": (1,)}))
+    assert described(["m.safetensors"])[2:] == ["2 strange keys: 'odd', 'strange.weight'"]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_on_a_terminal_lines_are_broken_between_words(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    save(Path("l.safetensors"), lora(**dict.fromkeys(NAMES, 16)))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = STYLES.sub("", weightops_here("inspect", "l.safetensors").out).splitlines()[1:]
+    assert max(map(len, lines)) <= width
+    assert len(lines) == (4 if width == 40 else 2)
+    assert " · ".join(lines) == (
+        "sd15 LoRA · kohya · lora · rank 16 (8 modules) · alpha 8 · unet 8 · "
+        "safetensors · 96.3 k parameters · 388.5 kB · F32"
+    )
 
 
 def test_the_norm_of_very_large_values_is_still_a_number() -> None:
@@ -279,3 +407,15 @@ def test_there_are_no_colours_in_a_pipe_and_none_where_NO_COLOR_is_set(monkeypat
     plain = weightops_here(*words).out
     found = {code for style in STYLES.findall(plain) for code in style[2:-1].split(";")}
     assert not {code for code in found if code not in ("", "0", "1", "2")}
+
+
+def test_what_is_strange_is_coloured_and_without_colour_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    save(Path("l.safetensors"), lora(**dict.fromkeys(NAMES, 16)) | {"odd": torch.ones(1)})
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    coloured = weightops_here("inspect", "l.safetensors").out
+    assert "\x1b[33m1 key of no known scheme: 'odd'\x1b[0m" in coloured
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = weightops_here("inspect", "l.safetensors").out
+    assert "\x1b[33m" not in plain
+    assert STYLES.sub("", plain) == STYLES.sub("", coloured)

@@ -73,6 +73,36 @@ def test_inspect_shows_hostile_names_and_values_harmlessly(name: str, words: lis
 
 
 @pytest.mark.usefixtures("_both")
+@pytest.mark.parametrize("words", [[], ["-v"]], ids=" ".join)
+def test_hostile_names_within_an_adapter_are_harmless(words: list[str]) -> None:
+    """Of modules that no model has, of keys of no scheme, of embeddings, and in what is wrong with them."""
+    tensors: dict[str, torch.Tensor] = {}
+    for text in HOSTILE:
+        tensors |= {f"lora_unet_{text}.lora_down.weight": torch.ones(2, 2), f"lora_unet_{text}.alpha": torch.ones(3)}
+        tensors |= {f"{text}.lora_A.weight": torch.ones(2, 2), f"{text}.lora_B.weight": torch.ones(2, 3)}
+        tensors |= {f"<{text}>": torch.ones(2), f"lora_unet_{text}": torch.ones(2)}
+    save(Path("a.safetensors"), tensors)
+    done = weightops_here("inspect", "a.safetensors", *words)
+    assert done.code == 0
+    check(done.out, done.err)
+    plain = STYLES.sub("", done.out)
+    assert "problem: " in plain
+    if words:
+        assert "[red]x[/red][bold][/][link=http://evil]" in plain
+        assert "\\x1b[31m\\x1b[2J" in plain
+
+
+@pytest.mark.usefixtures("_both")
+def test_hostile_names_within_a_known_model_are_harmless() -> None:
+    model = {f"double_blocks.{i}.img_mod.lin.weight": torch.zeros(8, 4) for i in range(30)}
+    model |= {"img_in.weight": torch.zeros(4, 4), "vector_in.in_layer.bias": torch.zeros(4), ESCAPES: torch.zeros(1)}
+    save(Path("a.safetensors"), model)
+    done = weightops_here("inspect", "a.safetensors")
+    check(done.out, done.err)
+    assert "1 strange key: '\\x1b[31m\\x1b[2J" in STYLES.sub("", done.out)
+
+
+@pytest.mark.usefixtures("_both")
 def test_a_table_of_several_files_is_harmless() -> None:
     Path("page\x1b[31m.safetensors").write_text("<html>")
     done = weightops_here("inspect", *[make(name) for name in FILE_NAMES], "page\x1b[31m.safetensors", "missing\x07")

@@ -10,7 +10,8 @@ import pytest
 from weightops.errors import MismatchError
 from weightops.files.tensor import TensorInfo, TensorSpec
 from weightops.lora.adapters import Adapter, group
-from weightops.lora.pieces import Piece, Source, cut_rows, join, scaled, take_apart
+from weightops.lora.joining import join
+from weightops.lora.pieces import Piece, Source, cut_rows, scaled, take_apart
 from weightops.lora.targets import Target
 from weightops.naming.keymap import pack, swap
 

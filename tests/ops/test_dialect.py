@@ -152,6 +152,11 @@ def test_what_pefts_dora_cannot_say_is_refused(to: str, tmp_path: Path) -> None:
     assert told(save(tmp_path / "b.safetensors", named(some)), to, "sd15") == (
         f"has magnitudes (DoRA) for some modules, and none for {MODULE.format('k')!r}: {to} has them for all or none"
     )
+    loha = {".hada_w1_a": maker(16, 2), ".hada_w1_b": maker(2, 8), ".hada_w2_a": maker(16, 2),
+            ".hada_w2_b": maker(2, 8), ".dora_scale": maker(1, 8)}  # fmt: skip
+    assert told(save(tmp_path / "d.safetensors", named({MODULE.format("q"): loha})), to, "sd15") == (
+        f"{MODULE.format('q')!r} is a loha with magnitudes, and {to} has them for LoRA alone"
+    )
     core = {MODULE.format("q"): {".lora_up.weight": maker(16, 2), ".lora_mid.weight": maker(2, 2, 1, 1),
                                   ".lora_down.weight": maker(2, 8)}}  # fmt: skip
     assert told(save(tmp_path / "c.safetensors", named(core)), to, "sd15") == (

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 # The error of a randomised factorisation over the smallest possible one, less one.
 TOLERANCE = 0.005
 # What the estimate may take up of it after one, two, three and more iterations. On power laws it is the true excess,
-# give or take a third, after three. On plateaus and nearly flat spectra the truth can be five times as much after two and
-# three times after three: so measured on thousands of them, of which none then missed the tolerance.
+# give or take a third, after three. On plateaus and nearly flat spectra the truth can be five times as much after two
+# and three times after three: so measured on thousands of them, of which none then missed the tolerance.
 _TRUST = (0.0, 0.2, 0.35, 0.45)
 
 _OVERSAMPLING = 8  # and up to the next multiple of 16, which a matrix product takes no longer for
@@ -240,16 +240,18 @@ def _report(
 
 
 def factorise(matrix: Tensor, rule: RankRule | int, *, generator: torch.Generator, method: str = "auto") -> Factorised:
-    """The best approximation of `matrix` [out, n] that `rule` allows, its error at most 1.005 times the optimum.
+    """The best approximation of `matrix` [out, n] that `rule` allows: its error is at most 1.005 times the optimum.
 
+    What factors in float32 cannot hold, 1e-7 of the matrix's norm, comes on top.
     exact: the eigenvectors of the smaller Gram matrix, in float64. They tell singular values above 1e-8 of the
     largest, which is finer than a float32 SVD does; a float64 matrix takes the SVD itself. randomised: subspace
     iteration, `_subspace`. auto: randomised where the matrix is wide and tall enough for it to be faster, and the rule
     has a largest rank and does not need all singular values; exact otherwise, and where it does not converge.
 
     Singular values below what float32 tells from zero beside the largest count as zero. Signs and the split are those
-    of `truncate`. Takes a copy in float32 and 4 (k + 24) (out + n) values; float64 copies only of a matrix within
-    0.3 % of a low rank. generator: on the CPU. Raises ValueRefused for NaN and Inf.
+    of `truncate`. Takes a copy in float32 and 4 (k + 24) (out + n) values, and a copy in float64 of a matrix that is
+    within 0.3 % of a low rank. generator: on the CPU.
+    Source: Eckart & Young 1936 (the optimum); Halko, Martinsson & Tropp 2011. Raises ValueRefused for NaN and Inf.
     """
     return _factorise(matrix[None], rule, [generator], method)[0]
 

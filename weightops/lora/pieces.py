@@ -1,4 +1,4 @@
-"""Adapters of packed modules taken apart, one canonical module each, and put together again, exactly.
+"""Adapters of packed modules taken apart, one canonical module each, exactly.
 
 Source: FORMATS §7. Rows of a packed weight are rows of `up`; the parts share `down`, or, where `up` is block-diagonal,
 each has ranks of its own. Knows names, shapes and bytes; no files, no devices.
@@ -17,7 +17,7 @@ from weightops.files.tensor import Slot, TensorSpec
 from weightops.naming.keymap import Rule, heights, swaps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from weightops.lora.adapters import Adapter
     from weightops.lora.family import Family

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from weightops.errors import MismatchError, quote
-from weightops.lora.pieces import Fill, Fills, Piece, Source, join, swapped_halves
+from weightops.lora.joining import join
+from weightops.lora.pieces import Fill, Fills, Piece, Source, swapped_halves
 from weightops.naming.keymap import EQUAL, IN, NETWORKS, Architecture, Component, Rule, Table, swaps
 from weightops.naming.recognise import row_of
 

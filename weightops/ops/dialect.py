@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
 from weightops.errors import FormatError, MismatchError, UsageError, listing, quote
-from weightops.files.folder import OutputFile
 from weightops.files.tensor import Slot, TensorSpec
 from weightops.lora.adapters import AdapterFile, alphas, read_adapters, read_number
 from weightops.lora.dialects import DIALECTS, Dialect
 from weightops.lora.pieces import Piece, Source, take_apart
-from weightops.lora.settings import FILE, HEADER, Module, decompose_factor, peft_config, plain
+from weightops.lora.settings import HEADER, decompose_factor
 from weightops.lora.units import STRENGTH_GOES_INTO, Target, Unit, folded, units_of
-from weightops.naming.keymap import ARCHITECTURES, NETWORKS, Architecture
+from weightops.naming.keymap import ARCHITECTURES, Architecture
+from weightops.ops.dialect_settings import APART, folder_of, is_beside, metadata_of, modules_of, refuse_what_peft_lacks
 from weightops.ops.filling import constant, copies, fill
 from weightops.ops.produce import Planned, kept_metadata, stem
 from weightops.ops.report import Account, Unused
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from weightops.files.checkpoint import Checkpoint
-
-# Several components' files may hold the same names: until they are written, this keeps them apart.
-_APART = "\0"
 
 
 @dataclass(slots=True)
@@ -75,12 +71,12 @@ def plan_dialect(
     if alpha == "fold":
         units = [folded(u) for u in units]
     if state.dialect.alpha != "tensor":
-        _refuse_what_peft_lacks(state, units)
+        refuse_what_peft_lacks(state, units)
     for unit in units:
         _write(state, unit)
     account = _account(state)
-    metadata, headers = _metadata(state, units)
-    files, extras = _files(state, units)
+    metadata, headers = metadata_of(state, units)
+    files, extras = folder_of(state, units)
     recipe = {"command": "convert", "version": __version__, "to": to, "alpha": alpha, "dtype": dtype}
     keep = kept_metadata(opened, less=frozenset({HEADER, "ss_network_dim", "ss_network_alpha"}))
     hashes = {k: f for k, f in (("sshs_model_hash", "{}"), ("modelspec.hash_sha256", "0x{}")) if k in opened.metadata}
@@ -201,7 +197,7 @@ def _write(state: State, unit: Unit) -> None:
         (state.copied if copies(fills) else state.used).update(f.source.key for f in fills)
     given = {p.alpha_key for p in unit.pieces if p.alpha_key is not None}
     value = unit.alpha
-    if _alpha_is_beside(state.dialect, unit.family):
+    if is_beside(state.dialect, unit.family):
         state.used |= given if unit.rank is not None else set()
         return
     if value is None and state.dialect.flat and unit.family in STRENGTH_GOES_INTO:
@@ -211,15 +207,10 @@ def _write(state: State, unit: Unit) -> None:
         _write_alpha(state, unit, float(value))
 
 
-def _alpha_is_beside(dialect: Dialect, family: str) -> bool:
-    """Does alpha of this family stand beside the tensors? diffusers' header is for LoRA alone."""
-    return family in STRENGTH_GOES_INTO if dialect.alpha == "config" else dialect.alpha == "header" and family == "lora"
-
-
 def _key(state: State, unit: Unit, part: str) -> str:
     """The name of a part in the output, claimed for it."""
     key = unit.name + state.dialect.endings[part]
-    key = f"{unit.component}{_APART}{key}" if state.dialect.folder else key
+    key = f"{unit.component}{APART}{key}" if state.dialect.folder else key
     if key in state.outputs:
         raise MismatchError(state.opened.label, f"two of its tensors would be called {quote(key)}")
     state.homes[key] = unit.component
@@ -231,36 +222,6 @@ def _written_spec(state: State, part: str, spec: TensorSpec) -> TensorSpec:
     if part != "dora_scale" or state.dialect.alpha == "tensor":
         return spec
     return TensorSpec(spec.dtype, (spec.values,) if len(spec.shape) < 3 else (1, spec.values, 1, 1))
-
-
-def _refuse_what_peft_lacks(state: State, units: Sequence[Unit]) -> None:
-    """PEFT's DoRA has a magnitude for each output, in every module or in none; its LoRA has no Tucker cores."""
-    with_magnitudes = [u for u in units if u.family == "lora" and "dora_scale" in u.parts]
-    for unit in with_magnitudes:
-        spec = unit.parts["dora_scale"][0]
-        if spec.rows == 1 and spec.values != 1:
-            raise MismatchError(
-                state.opened.label,
-                f"{quote(unit.pieces[0].adapter)} has a magnitude for each input, {list(spec.shape)}, "
-                f"and {state.dialect.name}'s DoRA one for each output",
-                "kohya, comfy and onetrainer can hold it",
-            )
-        beside = [u for u in units if u.component == unit.component and u.family == "lora"]
-        without = [u.pieces[0].adapter for u in beside if "dora_scale" not in u.parts]
-        if without:
-            raise MismatchError(
-                state.opened.label,
-                f"has magnitudes (DoRA) for some modules, and none for {listing(without)}: "
-                f"{state.dialect.name} has them for all or none",
-                "kohya, comfy and onetrainer can hold it",
-            )
-    cores = [u.pieces[0].adapter for u in units if u.family == "lora" and "mid" in u.parts]
-    if cores:
-        raise MismatchError(
-            state.opened.label,
-            f"{state.dialect.name} has no Tucker cores (lora_mid): {listing(cores)}",
-            "kohya, comfy and onetrainer can hold it",
-        )
 
 
 def _write_alpha(state: State, unit: Unit, value: float) -> None:
@@ -275,79 +236,6 @@ def _write_alpha(state: State, unit: Unit, value: float) -> None:
     task, spec = constant(key, value, becomes(next(iter(unit.parts.values()))[0], state.dtype).dtype)
     state.outputs[key] = spec
     state.tasks.append(task)
-
-
-# ------------------------------------------------------------------------------------------------ metadata and files
-
-
-def _metadata(state: State, units: Sequence[Unit]) -> tuple[dict[str, str], dict[str, str]]:
-    """kohya's dim and alpha, true of what is written; and diffusers' header."""
-    found: dict[str, str] = {}
-    ranks = [u for u in units if u.rank is not None]
-    if ranks and ("ss_network_dim" in state.opened.metadata or state.dialect.name == "kohya"):
-        found["ss_network_dim"] = _told(state, "ss_network_dim", {u.rank or 0 for u in ranks})
-        found["ss_network_alpha"] = _told(state, "ss_network_alpha", {_alpha(u) for u in ranks})
-    flat: dict[str, Any] = {}
-    if state.dialect.alpha == "header":
-        for component in dict.fromkeys(u.component for u in units):
-            mine = [u for u in units if u.component == component and u.family == "lora"]
-            if any(u.alpha is not None and u.alpha != u.rank for u in mine):
-                flat |= {f"{component}.{k}": v for k, v in _config(state, component, "lora", mine).items()}
-    return found, {HEADER: json.dumps(flat, indent=2, sort_keys=True)} if flat else {}
-
-
-def _told(state: State, key: str, values: set[int] | set[float]) -> str:
-    """The one number that is true of all modules, spelled as it was; "Dynamic", in kohya's word, for several."""
-    if len(values) > 1:
-        return "Dynamic"
-    value = values.pop()
-    given = state.opened.metadata.get(key, "")
-    try:
-        return given if float(given) == value else str(plain(value))
-    except ValueError:
-        return str(plain(value))
-
-
-def _alpha(unit: Unit) -> float:
-    return float(unit.rank or 1) if unit.alpha is None else unit.alpha
-
-
-def _config(state: State, component: str, family: str, units: Sequence[Unit]) -> dict[str, Any]:
-    place = next(c for c in state.architecture.components if c.name == component)
-    network = NETWORKS.get(place.network)
-    templates = [rule.key for rule in network.tables()[network.canonical].rules]
-    return peft_config(family, _modules(units), templates)
-
-
-def _modules(units: Iterable[Unit]) -> list[Module]:
-    """The units as PEFT's configuration speaks of them."""
-    return [Module(u.module, u.rank, u.alpha, {part: s.shape for part, (s, _) in u.parts.items()}) for u in units]
-
-
-_PEFT_TYPES = {"lora": "LORA", "loha": "LOHA", "lokr": "LOKR"}
-
-
-def _files(state: State, units: Sequence[Unit]) -> tuple[tuple[OutputFile, ...], dict[str, bytes]]:
-    """PEFT's folder: one component in it, or each in a folder of its own."""
-    if not state.dialect.folder:
-        return (), {}
-    components = list(dict.fromkeys(u.component for u in units))
-    files, extras = [], {}
-    for component in components:
-        mine = [u for u in units if u.component == component]
-        families = {u.family for u in mine}
-        if len(families) > 1 or not families <= _PEFT_TYPES.keys():
-            what = f"a PEFT folder holds one family of PEFT's, found {', '.join(sorted(families))}"
-            raise MismatchError(state.opened.label, what)
-        family = families.pop()
-        config = _config(state, component, family, mine)
-        config |= {"peft_type": _PEFT_TYPES[family], "task_type": None, "inference_mode": True,
-                   "base_model_name_or_path": None, "modules_to_save": None}  # fmt: skip
-        folder = f"{component}/" if len(components) > 1 else ""
-        keys = {key: key.partition(_APART)[2] for key, home in state.homes.items() if home == component}
-        files.append(OutputFile(f"{folder}adapter_model.safetensors", keys))
-        extras[f"{folder}{FILE}"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    return tuple(files), extras
 
 
 # ------------------------------------------------------------------------------------------------ what is said
@@ -385,7 +273,7 @@ def _why_no_alpha(state: State, key: str) -> str:
 def _summary(state: State, units: Sequence[Unit], alpha: str) -> str:
     where = {"tensor": "beside the factors", "header": "in the header", "config": "in adapter_config.json"}
     places = {
-        where[state.dialect.alpha if _alpha_is_beside(state.dialect, u.family) else "tensor"]
+        where[state.dialect.alpha if is_beside(state.dialect, u.family) else "tensor"]
         for u in units
         if u.alpha is not None
     }
@@ -413,7 +301,7 @@ def _warnings(state: State, units: Sequence[Unit]) -> list[str]:
     count = sum(u.folded for u in units)
     if count:
         found.append(f"{count} modules that are packed together differ in strength: it is folded into their up")
-    if state.dialect.folder and any(u.family == "lokr" for u in units) and decompose_factor(_modules(units)) is None:
+    if state.dialect.folder and any(u.family == "lokr" for u in units) and decompose_factor(modules_of(units)) is None:
         found.append("PEFT would share out these LoKr modules to other factors, and cannot load them; weightops can")
     families = {u.family for u in units} - {"lora"}
     if state.dialect.name == "diffusers" and families == {"lokr"} and state.architecture.name in _LOKR_IN_DIFFUSERS:

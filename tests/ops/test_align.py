@@ -153,7 +153,7 @@ def test_a_band_that_one_model_lacks_keeps_the_packed_tensor_of_the_first() -> N
 
 @needs_lists
 def test_a_diffusers_folder_that_comes_first_makes_a_folder() -> None:
-    """Its settings, scheduler and tokenizers go with it, byte for byte; a name ending in .safetensors makes one file."""
+    """Its settings, scheduler and tokenizers go with it, byte for byte; a file is made where one is named."""
     for label, seed in (("a", 1), ("b", 2)):
         save(Path(f"{label}.safetensors"), random(tiny("sdmecha_sd1-ldm"), seed))
     folder("f", respelled("a.safetensors", {}))

@@ -137,7 +137,7 @@ def read_adapters(opened: Checkpoint, *, architecture: str | None = None) -> Ada
     found = group(opened.label, opened.tensors)
     looks = [_look(a) for a in found.adapters]
     # XLabs trained Flux alone, whose blocks are named and sized as Chroma's are; no metadata of theirs says so.
-    hint = "flux1" if found.dialect == "xlabs" else opened.metadata.get("ss_base_model_version", "")
+    hint = "flux1" if found.dialect == "xlabs" else _base_said(opened.metadata)
     resolved = resolve(looks, found.left, hint=hint, architecture=architecture)
     found.adapters = [
         Adapter(a.name, a.beginning, a.body, a.family, a.keys, a.shapes, target, target.component if target else None)
@@ -149,6 +149,11 @@ def read_adapters(opened: Checkpoint, *, architecture: str | None = None) -> Ada
     for adapter in found.adapters:
         _check_shapes(found, adapter)
     return found
+
+
+def _base_said(metadata: Mapping[str, str]) -> str:
+    """What a trainer wrote of the base model."""
+    return metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture", "")
 
 
 def _look(adapter: Adapter) -> Look:

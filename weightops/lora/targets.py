@@ -260,24 +260,9 @@ def _component(architecture: Architecture, part: str, fits_: Sequence[_Fit]) -> 
     return found[0][3], found[0][4]
 
 
-_HINTS: dict[str, tuple[str, ...]] = {
-    "sd15": ("sd_v1", "sd_1.5"),
-    "sd2": ("sd_v2", "sd_2"),
-    "sdxl": ("sdxl",),
-    "sd3": ("sd3",),
-    "flux": ("flux1", "flux.1"),
-    "chroma": ("chroma",),
-    "lumina2": ("lumina",),
-    "wan": ("wan",),
-    "qwen_image": ("qwen",),
-    "hunyuan_video": ("hunyuan",),
-    "z_image": ("zimage", "z_image"),
-}
-
-
 def _hinted(architecture: Architecture, hint: str) -> bool:
     """Metadata lies; it is asked only where names and shapes leave a choice."""
-    return bool(hint) and hint.lower().startswith(_HINTS.get(architecture.name, ()))
+    return bool(hint) and hint.lower().startswith(architecture.hints)
 
 
 def _targets(

@@ -248,13 +248,15 @@ class Component:
 class Architecture:
     """A model as its users know it. `components[0]` is the diffusion model, which the architecture is known by.
 
-    pipeline: diffusers' model_index.json and schedulers, where a single file can carry the whole pipeline.
+    pipeline: diffusers' model_index.json and schedulers, where a single file can carry the whole pipeline. hints: how
+    what trainers write of a LoRA's base model begins; it is asked only where names and shapes leave a choice.
     """
 
     name: str
     title: str
     components: tuple[Component, ...]
     pipeline: Pipeline | None = None
+    hints: tuple[str, ...] = ()
 
 
 NETWORKS: Registry[Network] = Registry("network", "weightops.naming.architectures")

@@ -136,6 +136,7 @@ register(
     Architecture(
         name="chroma",
         title="Chroma",
+        hints=("chroma",),
         components=(
             Component(
                 "transformer", "chroma_transformer", prefix="model.diffusion_model.", comfy="model.diffusion_model.",

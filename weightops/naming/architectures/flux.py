@@ -159,6 +159,7 @@ register(
     Architecture(
         name="flux",
         title="Flux.1",
+        hints=("flux1", "flux.1", "flux-1"),
         components=(
             Component(
                 "transformer", "flux_transformer", prefix="model.diffusion_model.", comfy="model.diffusion_model.",

@@ -191,6 +191,7 @@ register(
     Architecture(
         name="flux2",
         title="Flux.2",
+        hints=("flux2", "flux.2", "flux-2"),
         components=(
             Component(
                 "transformer", "flux2_transformer", prefix="model.diffusion_model.", comfy="model.diffusion_model.",

@@ -230,6 +230,7 @@ register(
     Architecture(
         name="hunyuan_video",
         title="HunyuanVideo",
+        hints=("hunyuan",),
         components=(
             Component(
                 "transformer", "hunyuan_video_transformer", prefix="model.diffusion_model.", comfy="model.model.",

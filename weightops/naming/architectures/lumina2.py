@@ -136,6 +136,7 @@ register(
     Architecture(
         name="lumina2",
         title="Lumina-Image 2.0",
+        hints=("lumina",),
         components=(
             Component(
                 "transformer", "lumina2_transformer", prefix="model.diffusion_model.", kohya="lora_unet",

@@ -108,6 +108,7 @@ register(
     Architecture(
         name="qwen_image",
         title="Qwen-Image",
+        hints=("qwen",),
         components=(
             Component(
                 "transformer", "qwen_image_transformer", prefix="model.diffusion_model.", spelling="diffusers",

@@ -47,6 +47,7 @@ register(
     Architecture(
         name="sd15",
         title="Stable Diffusion 1.x",
+        hints=("sd_v1", "sd_1.5", "stable-diffusion-v1"),
         components=(
             Component(
                 "unet", "sd15_unet", prefix="model.diffusion_model.", kohya="lora_unet", kohya_spelling="diffusers",

@@ -58,6 +58,7 @@ register(
     Architecture(
         name="sd2",
         title="Stable Diffusion 2.x",
+        hints=("sd_v2", "sd_2", "stable-diffusion-v2"),
         components=(
             Component(
                 "unet", "sd2_unet", prefix="model.diffusion_model.", kohya="lora_unet", kohya_spelling="diffusers",

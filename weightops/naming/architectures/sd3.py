@@ -170,6 +170,7 @@ register(
     Architecture(
         name="sd3",
         title="Stable Diffusion 3 and 3.5",
+        hints=("sd3", "stable-diffusion-3"),
         components=(
             Component(
                 "transformer", "sd3_transformer", prefix="model.diffusion_model.", kohya="lora_unet",

@@ -172,6 +172,7 @@ register(
     Architecture(
         name="sdxl",
         title="Stable Diffusion XL",
+        hints=("sdxl", "stable-diffusion-xl"),
         components=(
             Component(
                 "unet", "sdxl_unet", prefix="model.diffusion_model.", kohya="lora_unet", kohya_spelling="original",

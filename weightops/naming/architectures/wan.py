@@ -193,6 +193,7 @@ register(
     Architecture(
         name="wan",
         title="Wan 2.1 and 2.2",
+        hints=("wan",),
         components=(
             Component(
                 "transformer", "wan_transformer", prefix="model.diffusion_model.", kohya="lora_unet",

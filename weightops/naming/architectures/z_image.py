@@ -137,6 +137,7 @@ register(
     Architecture(
         name="z_image",
         title="Z-Image",
+        hints=("zimage", "z_image", "z-image"),
         components=(
             # kohya's trainer (musubi) is built on the authors' code, whose names are diffusers'.
             Component(

@@ -159,7 +159,7 @@ def truncate(lowrank: LowRank, rule: RankRule | int) -> Factorised:
     Singular values are split evenly (their square roots) between up and down; of each row of down, the entry of the
     largest magnitude is positive. A rule that asks for more than there is keeps what there is.
 
-    In float64. The eigenvectors of the factors' Gram matrices are 2 to 5 times as fast as QR of both factors and
+    In float64. The eigenvectors of the factors' Gram matrices are 2 to 3 times as fast as QR of both factors and
     the SVD of the core, but square the condition: QR takes over where a value that is kept is below 1e-5 ‖up‖‖down‖,
     as of factors that nearly cancel, or that have fewer ranks than it seems.
     Source: Eckart & Young 1936 (optimality); QR recompression of a factored matrix. Raises ValueRefused.

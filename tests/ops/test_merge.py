@@ -331,9 +331,21 @@ def test_integers_and_booleans_are_copied_from_the_first_with_a_note(dtype: torc
     ]
 
 
-def test_integers_that_another_model_lacks_or_shapes_otherwise_are_kept_and_said() -> None:
+def test_positions_that_one_model_lacks_are_no_surprise() -> None:
+    """Some files hold the numbers from 0 to 76, and others leave them to whoever loads them."""
     a = make("a", {UNET: [1.0], IDS: torch.tensor([0, 1])})
-    assert merged(a, make("b", {UNET: [3.0]}))[0].account.kept == [(IDS, "not in b.safetensors")]
+    b = make("b", {UNET: [3.0]})
+    report, *_ = merged(a, b, strict=True)
+    assert (report.account.copied, report.account.kept, report.account.surprises()) == ([IDS], [], [])
+    report, *_ = merged(b, a, strict=True)
+    assert [(u.key, u.asked) for u in report.account.unused] == [(IDS, True)]
+
+
+def test_integers_that_another_model_lacks_or_shapes_otherwise_are_kept_and_said() -> None:
+    counter = "model.diffusion_model.counter"
+    a = make("a", {UNET: [1.0], counter: torch.tensor([0, 1])})
+    assert merged(a, make("b", {UNET: [3.0]}))[0].account.kept == [(counter, "not in b.safetensors")]
+    a = make("a", {UNET: [1.0], IDS: torch.tensor([0, 1])})
     report, *_ = merged(a, make("b", {UNET: [3.0], IDS: torch.tensor([[0, 1]])}))
     assert report.account.kept == [(IDS, "I64 [1, 2] in b.safetensors, I64 [2] in a.safetensors")]
 

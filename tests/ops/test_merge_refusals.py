@@ -29,6 +29,7 @@ UNET = "model.diffusion_model.out.2.weight"
 VAE = "first_stage_model.decoder.conv_in.weight"
 TEXT = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
 IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+COUNTER = "model.diffusion_model.counter"
 SDXL = "model.diffusion_model.output_blocks.0.1.norm.weight"
 SD15 = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
 
@@ -230,7 +231,7 @@ WITHOUT = "Without --strict they are kept from the first model or left out, and 
     [
         ({"x": [1.0]}, {}, "1 tensor cannot be merged: 'x'", "not in b.safetensors"),
         ({}, {"x": [1.0]}, "1 tensor cannot be merged: 'x'", "not in a.safetensors"),
-        ({IDS: [1]}, {}, f"1 tensor cannot be merged: '{IDS}'", "not in b.safetensors"),
+        ({COUNTER: [1]}, {}, f"1 tensor cannot be merged: '{COUNTER}'", "not in b.safetensors"),
         ({IDS: [1]}, {IDS: [[1]]}, f"1 tensor cannot be merged: '{IDS}'",
          "I64 [1, 1] in b.safetensors, I64 [1] in a.safetensors; kept from a.safetensors"),
         ({f"x{i}": [1.0] for i in range(9)}, {}, "9 tensors cannot be merged: 'x0', 'x1', 'x2', 'x3', 'x4' "

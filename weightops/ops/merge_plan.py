@@ -205,6 +205,8 @@ class _Planner:
         """Integers, booleans, codes, and what is no weight are copied from the first model."""
         for other in self.opened:
             spots = self._find(other, key)
+            if spots is None and key.endswith("position_ids"):
+                continue
             if spots is None or not self._fits(key, spec, spots):
                 what = f"not in {other.label}" if spots is None else self._differs(other, spots, spec)
                 self._keep(key, what, count)
@@ -467,7 +469,8 @@ class _Planner:
             whose = f"model {chosen}" if chosen.isdecimal() else "--vae"
             return f"the {_WORDS[family]} is taken from {whose}", True
         if mine not in self.first.tensors:
-            return f"not in {self.first.label}", False
+            # Positions are counted from 0 by whoever loads them: some files hold them, and nothing is lost with them.
+            return f"not in {self.first.label}", key.endswith("position_ids")
         if mine in self.kept:
             return f"kept from {self.first.label}", False
         if component in _COPIED:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from weightops.lora.family import Family
+    from weightops.lora.family import Family, Parts
     from weightops.plan import Block
 
 # Values of a weight that are changed at a stroke: larger bands leave the cache between one operation and the next.
@@ -139,7 +139,18 @@ def _one(change: Change, weight: Tensor, given: Sequence[Tensor], start: int) ->
         found = change_bias(change.family, parts, weight, change.strength)
         assert found is not None
         return found
+    if change.family.name == "lora" and change.cut and weight.shape == shape and "dora_scale" not in tensors:
+        return _added(change.family, parts, weight, change.strength)
     return change_weight(change.family, parts, weight, change.strength, rows)
+
+
+def _added(family: Family, parts: Parts, weight: Tensor, strength: float) -> Tensor:
+    """W + λ·up·down in one pass over W: the product is added where it is made."""
+    import torch
+
+    assert family.lowrank is not None
+    up, down = family.lowrank(parts)
+    return torch.addmm(weight.reshape(len(weight), -1), up, down, alpha=strength).reshape(weight.shape)
 
 
 def survival(before: Tensor, meant: Tensor, stored: Tensor, other: str | None) -> Survival:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
-from weightops.engine.chunks import BLOCK_VALUES
 from weightops.errors import FormatError, MismatchError, listing, quote
 from weightops.files.dtypes import ARITHMETIC
 from weightops.files.tensor import Slot, TensorSpec
@@ -17,7 +16,7 @@ from weightops.lora.pieces import Piece, Source, take_apart
 from weightops.naming.identify import Identity, identify, quantised
 from weightops.naming.keymap import Rule, Table
 from weightops.naming.slots import Place, place
-from weightops.ops.changes import Change, fused
+from weightops.ops.changes import BAND_VALUES, Change, fused
 from weightops.ops.produce import Planned, kept_metadata, stem
 from weightops.ops.report import Account, Unused
 from weightops.ops.respell import becomes, carry
@@ -296,7 +295,7 @@ def _task(state: _State, name: Name, at: Place, slot: Slot) -> Task:
             slot_in = source.rows(stored[source.key].spec)
             shared = source_part not in cut
             inputs.append(Input(job.lora + 1, slot_in, shared=shared))
-            work += 4 * (slot_in.spec.values if shared else 0)
+            work += slot_in.spec.values if shared else 0
         columns = {part: s.columns for part, s in piece.parts.items() if s.columns is not None}
         changes.append(
             Change(
@@ -304,7 +303,9 @@ def _task(state: _State, name: Name, at: Place, slot: Slot) -> Task:
                 job.strength, spec.shape, job.of_bias,
             )
         )  # fmt: skip
-    values = spec.values if whole else min(spec.values, max(BLOCK_VALUES, spec.row_values))
+    # Six copies of what is changed at a stroke, in float32 or float64.
+    values = spec.values if whole else min(spec.values, max(BAND_VALUES, spec.row_values))
+    size = 8 if {at.spec.dtype, slot.spec.dtype} & {"F32", "F64"} else 4
     label = ".".join(filter(None, name))
     other = _BESIDE.get(slot.spec.dtype)
     compute = fused(
@@ -312,7 +313,7 @@ def _task(state: _State, name: Name, at: Place, slot: Slot) -> Task:
     )  # fmt: skip
     return Task(
         label, tuple(inputs), (slot,), compute, Grain.TENSOR if whole else Grain.ROWS,
-        work_nbytes=work + 24 * values,
+        work_nbytes=size * (work + 6 * values),
     )  # fmt: skip
 
 

@@ -73,14 +73,16 @@ def convert(
         if not opened.tensors:
             raise FormatError(opened.label, "holds no tensors: nothing to write")
         identity = identify(opened.tensors)
-        check_kind(
-            opened.label, identity.kind, to, like=like is not None or no_tokenizer, adapter=alpha, of=architecture
-        )
+        words = Words(to, alpha, architecture, dtype, tuple(drop), check, strict, allow_nonfinite)
+        of_checkpoints = {
+            "--like": like is not None, "--no-tokenizer": no_tokenizer, "--prediction": prediction is not None,
+            "--shard-size": shard_size is not None, "--drop": bool(set(drop) - {"text_encoder"}),
+        }  # fmt: skip
+        check_kind(opened.label, identity.kind, to, of_checkpoints, words)
         if identity.kind == "lora" and to is not None:
             return convert_adapter(
-                opened, Words(to, alpha, architecture, dtype, tuple(drop), check, strict, allow_nonfinite), output,
-                memory=memory, device=device, threads=threads, force=force, dry_run=dry_run, check=verify,
-                on_progress=on_progress,
+                opened, words, output, memory=memory, device=device, threads=threads, force=force, dry_run=dry_run,
+                check=verify, on_progress=on_progress,
             )  # fmt: skip
         wish = Wish(
             to or "", dtype, tuple(drop), shard_size, None if like is None else open_like(str(like)),

@@ -314,11 +314,3 @@ def _warnings(state: State, units: Sequence[Unit]) -> list[str]:
 
 # Source: diffusers 0.42, loaders/lora_pipeline.py.
 _LOKR_IN_DIFFUSERS = ("flux2", "z_image")
-
-
-def check_words_of_dialect(to: str, alpha: str) -> None:
-    """Refuse unknown words."""
-    if to not in DIALECTS:
-        raise UsageError("--to", f"unknown dialect {quote(to)}", f"known are {', '.join(DIALECTS)}")
-    if alpha not in ("carry", "fold"):
-        raise UsageError("--alpha", f"found {quote(alpha)}, expected carry or fold")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
-from weightops.errors import FormatError, MismatchError, listing, quote
+from weightops.errors import FormatError, MismatchError, quote
 from weightops.files.dtypes import ARITHMETIC
 from weightops.files.tensor import Slot, TensorSpec
 from weightops.lora.adapters import Adapter, AdapterFile, alphas, read_adapters
@@ -170,12 +170,9 @@ def _take(state: _State, number: int, lora: Checkpoint) -> None:
 
 
 def _check_generic(found: AdapterFile) -> None:
-    """What keeps a file from being used with a checkpoint of an unknown architecture, whose names resolve later."""
-    kept = found.architecture, found.possible
-    targets = [a for a in found.adapters if a.target is None]
-    if found.indexed or found.problems or found.left or not targets:
+    """Refuse what is wrong with the file itself; whose names these are, the checkpoint will say."""
+    if found.indexed or found.problems or found.left:
         found.check()
-    found.architecture, found.possible = kept
 
 
 def _unused(state: _State, lora: Checkpoint, adapter: Adapter, reason: str) -> None:
@@ -325,8 +322,3 @@ def _groups(state: _State) -> list[dict[str, Any]]:
         entry["tensors"] += 1
         entry["fused" if key in changed else "copied"] += 1
     return list(found.values())
-
-
-def summary_of(unused: Sequence[Unused]) -> str:
-    """The first few keys that nothing could be done with."""
-    return listing([u.key for u in unused])

@@ -84,12 +84,30 @@ def test_an_existing_folder_is_refused_and_replaced_with_force(
 ) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    (output / "mine").write_bytes(b"mine")
+    old = output / "model-00001-of-00009.safetensors"
+    old.write_bytes(b"old")
     with pytest.raises(OutputError, match=r"out: exists$"):
         make(plan_of(source, folder=True), output, dry_run=dry_run)
     make(plan_of(source, folder=True), output, dry_run=dry_run, force=True)
-    assert (output / "mine").exists() == dry_run
+    assert old.exists() == dry_run
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "out"]
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("mine", ["notes.txt", "style.safetensors", "unet/deep/model.ckpt"])
+def test_force_removes_no_folder_in_which_something_else_lies(
+    source: Checkpoint, tmp_path: Path, mine: str, dry_run: bool
+) -> None:
+    """Of all that a user keeps in one folder of models, --force would leave nothing."""
+    output = tmp_path / "out"
+    (output / mine).parent.mkdir(parents=True)
+    (output / mine).write_bytes(b"mine")
+    (output / "config.json").write_bytes(b"{}")
+    with pytest.raises(OutputError) as caught:
+        make(plan_of(source, folder=True), output, dry_run=dry_run, force=True)
+    what = f"holds what --force would remove with it, and does not write anew: '{mine}'"
+    assert str(caught.value).partition("\n")[0] == f"{output}: {what}"
+    assert (output / mine).read_bytes() == b"mine"
 
 
 def test_a_layout_that_contradicts_itself_is_found_by_a_dry_run(source: Checkpoint, tmp_path: Path) -> None:

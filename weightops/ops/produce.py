@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightops.engine.chunks import check_memory
 from weightops.engine.run import PLACEHOLDER, Progress, run
-from weightops.errors import Interrupted, UsageError, quote
+from weightops.errors import Interrupted, OutputError, UsageError, listing, quote
 from weightops.files.checkpoint import INDEX_SUFFIX, PICKLE_SUFFIXES, Checkpoint
 from weightops.files.dtypes import DTYPE_WORDS
 from weightops.files.folder import check_files, folder_nbytes, safetensors_files
@@ -59,6 +60,8 @@ def produce(
     """Carry out the plan into `output`; with `dry_run`, only say what that would be. Raises WeightopsError."""
     plan = planned.plan
     _check_name(plan, output)
+    if force and plan.files:
+        _check_replaced(plan, output)
     report = Report(
         command, input_entries(plan.sources, [None] * len(plan.sources)), str(output),
         planned.account, planned.summary, planned.groups, planned.warnings, dry_run=dry_run,
@@ -89,6 +92,22 @@ def _check_name(plan: Plan, output: Path) -> None:
         raise UsageError(str(output), "a folder is written here; its name must not end in .safetensors")
     if not plan.files and not named_as_file:
         raise UsageError(str(output), "the output's name must end in .safetensors")
+
+
+# What folders of weights hold, however they are sharded and whatever their settings are.
+_OF_A_MODEL = re.compile(r"(diffusion_pytorch_model|model|adapter_model)(-\d{5}-of-\d{5})?\.safetensors|.*\.json")
+
+
+def _check_replaced(plan: Plan, output: Path) -> None:
+    """Refuse to replace a folder in which something else lies: all of it would be removed."""
+    if output.is_symlink() or not output.is_dir():
+        return
+    made = {*(file.path for file in plan.files), *plan.extras}
+    held = sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir())
+    strange = [name for name in held if name not in made and not _OF_A_MODEL.fullmatch(name.rpartition("/")[2])]
+    if strange:
+        what = f"holds what --force would remove with it, and does not write anew: {listing(strange)}"
+        raise OutputError(str(output), what, "move it away first, or write elsewhere")
 
 
 def _output_nbytes(plan: Plan, output: Path) -> int:

@@ -33,6 +33,7 @@ class Entry(NamedTuple):
 ENTRIES: tuple[Entry, ...] = (
     Entry("inspect", "Look", "What is this file? Kind, architecture, components, dtypes, metadata."),
     Entry("merge", "Checkpoints", "Two or more models into one, every tensor accounted for."),
+    Entry("fuse", "LoRAs", "LoRAs of any family and dialect into a checkpoint."),
     Entry("convert", "Files", "A checkpoint in another layout, dtype or container."),
     Entry("demo", "Start here", "A small real merge, made and checked on the spot."),
 )

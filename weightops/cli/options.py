@@ -90,6 +90,10 @@ device = click.option(
 memory = click.option(
     "--memory", type=Size(), default="128MiB", show_default=True, help="Bytes in flight; torch itself comes on top."
 )
+memory_whole = click.option(
+    "--memory", type=Size(),
+    help="Bytes in flight; torch itself comes on top.  [default: 128MiB, to 512MiB for a matrix needed whole]",
+)  # fmt: skip
 threads = click.option(
     "--threads", type=click.IntRange(1, 256), metavar="N", help="Computing threads.  [default: the usable cores]"
 )
@@ -111,4 +115,5 @@ def together(*options: Callable[[Any], Any]) -> Callable[[F], F]:
 
 writing = together(output, force, dry_run, strict, verify, dtype)
 running = together(device, memory, threads)
+running_whole = together(device, memory_whole, threads)
 speaking = together(as_json, quiet, verbose)

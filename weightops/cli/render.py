@@ -106,13 +106,18 @@ def report(found: Report, *, verbose: bool) -> None:
         out.print(printable(found.summary), style="bold", soft_wrap=True)
     if found.groups:
         out.print()
-        known = ("tensors", "merged", "cast", "copied", "split", "fused", "dropped")
+        known = ("tensors", "merged", "fused", "cast", "copied", "split", "dropped")
         counts = [k for k in known if any(g.get(k) for g in found.groups)]
         drawn = table("component", *counts, right=tuple(range(1, len(counts) + 1)))
         for group in found.groups:
             drawn.add_row(group["component"], *(f"{group[k]:,}" if group.get(k) else "-" for k in counts))
         out.print(drawn)
     _unused(out, found, verbose)
+    if "line" in found.details:
+        out.print()
+        out.print(printable(found.details["line"]), soft_wrap=True)
+    if verbose and found.details.get("modules"):
+        _modules(out, found.details["modules"])
     for text in found.warnings:
         print_warning(text)
     out.print()
@@ -136,6 +141,17 @@ def report(found: Report, *, verbose: bool) -> None:
     if found.checked is not None:
         out.print(f"       checked: {found.checked['tensors']:,} tensors came back, {size(found.checked['bytes'])}, "
                   f"byte for byte")  # fmt: skip
+
+
+def _modules(out: Console, modules: Sequence[Mapping[str, Any]]) -> None:
+    """What a verb has to say of each module, a column for each field."""
+    out.print()
+    fields = list(modules[0])
+    drawn = table("module", *(f.replace("_", " ") for f in fields[1:]), right=tuple(range(1, len(fields))))
+    for module in modules:
+        values = (module[f] for f in fields[1:])
+        drawn.add_row(printable(module["name"]), *("-" if v is None else f"{v:.4g}" for v in values))
+    out.print(drawn)
 
 
 def _unused(out: Console, found: Report, verbose: bool) -> None:
@@ -316,6 +332,10 @@ def recipe_words(text: str) -> str | None:
     try:
         recipe: Any = json.loads(text) if len(text) < 1_000_000 else None
         names = ", ".join(str(entry["name"]) for entry in recipe["inputs"])
+        if recipe["command"] == "fuse":
+            base, *loras = (str(entry["name"]) for entry in recipe["inputs"])
+            added = "".join(f" + {float(s):g} × {n}" for s, n in zip(recipe["strengths"], loras, strict=True))
+            return f"fuse, {base}{added} (weightops {recipe['version']})"
         if recipe["command"] == "convert":
             to = f", to {recipe['to']}" if "to" in recipe else ""
             return f"convert of {names}{to}, dtype {recipe['dtype']} (weightops {recipe['version']})"

@@ -25,6 +25,7 @@ CHUNK_MAX = 12 << 20
 SHARE = 24  # of the budget, for one chunk: enough chunks in flight to keep disks and cores busy
 
 DEFAULT_MEMORY = 128 << 20
+LARGEST_DEFAULT = 512 << 20  # where a matrix is needed whole
 
 
 class Chunk(NamedTuple):
@@ -95,6 +96,11 @@ def check_memory(plan: Plan, memory: int) -> None:
             f"{memory:,} bytes are too few: {name!r} alone takes {needed:,}",
             f"--memory {-(-needed // (1 << 20))}MiB would do",
         )
+
+
+def memory_for(plan: Plan, asked: int | None) -> int:
+    """The bytes in flight that were asked for; else as many as hold two of the largest pieces, within bounds."""
+    return asked or max(DEFAULT_MEMORY, min(LARGEST_DEFAULT, 2 * smallest_memory(plan)[0]))
 
 
 def chunk_target(memory: int) -> int:

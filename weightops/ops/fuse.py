@@ -7,11 +7,12 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from weightops.engine.chunks import DEFAULT_MEMORY, smallest_memory
+from weightops.engine.chunks import memory_for
 from weightops.engine.run import Outcome, Progress, ignore
 from weightops.errors import UsageError, quote
 from weightops.files.checkpoint import open_checkpoint
 from weightops.merging.rounding import ROUNDINGS
+from weightops.ops.folders import into_folder
 from weightops.ops.fuse_plan import Wish, plan_fuse
 from weightops.ops.produce import check_words, named, produce, stem
 
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
     from weightops.ops.changes import Survival
     from weightops.ops.report import Report
-
-# A matrix that is needed whole takes more than bands do; this much is taken for it unasked.
-LARGEST_DEFAULT = 512 << 20
 
 _STRENGTH = re.compile(r"(?P<file>.+):(?P<strength>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
 
@@ -79,16 +77,16 @@ def fuse(
         wish = Wish(strength, dtype, seed if rounding == "stochastic" else None, strict, allow_nonfinite, said)
         planned, modules = plan_fuse(opened, files, wish)
         planned.summary = _in_words(stem(opened), [(stem(f), s) for f, (_, s) in zip(files, asked, strict=True)])
-        target = named(output, "+".join([stem(opened)[:60], *(stem(f)[:60] for f in files)]))
+        stems = [stem(f)[:60] + ("" if s == 1 else f"-{s:g}") for f, (_, s) in zip(files, asked, strict=True)]
+        target = named(output, "+".join([stem(opened)[:60], *stems]))
+        planned.plan, target = into_folder(opened, planned.plan, target, asked=output is not None)
 
         def then(outcome: Outcome, report: Report) -> None:
             _say_what_survived(outcome, modules, rounding, report)
 
         planned.then = then
-        if memory is None:
-            memory = max(DEFAULT_MEMORY, min(LARGEST_DEFAULT, 2 * smallest_memory(planned.plan)[0]))
         return produce(
-            "fuse", planned, target, memory=memory, device=device, threads=threads,
+            "fuse", planned, target, memory=memory_for(planned.plan, memory), device=device, threads=threads,
             force=force, dry_run=dry_run, check=verify, on_progress=on_progress,
         )  # fmt: skip
 

@@ -318,7 +318,8 @@ def _groups(state: _State) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     changed = {state.places[name].slot.key for name in state.jobs}
     for key, component in state.identity.components.items():
-        entry = found.setdefault(component, {"component": component, "tensors": 0, "fused": 0, "copied": 0})
+        entry = found.setdefault(component, {"component": component, "tensors": 0, "fused": 0, "cast": 0, "copied": 0})
         entry["tensors"] += 1
-        entry["fused" if key in changed else "copied"] += 1
+        same = state.outputs[key].dtype == state.opened.tensors[key].spec.dtype
+        entry["fused" if key in changed else "copied" if same else "cast"] += 1
     return list(found.values())

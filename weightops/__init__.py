@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weightops.ops.convert import convert
+    from weightops.ops.extract import extract
     from weightops.ops.fuse import fuse
     from weightops.ops.inspect import inspect
     from weightops.ops.merge import merge
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "convert", "fuse", "inspect", "merge"]
+__all__ = ["__version__", "convert", "extract", "fuse", "inspect", "merge"]
 
 # Imported when first asked for, so that `import weightops` costs nothing. No subpackage may have a verb's name:
 # importing it would put the module in the function's place.
 _VERBS = {
     "convert": "weightops.ops.convert",
+    "extract": "weightops.ops.extract",
     "fuse": "weightops.ops.fuse",
     "inspect": "weightops.ops.inspect",
     "merge": "weightops.ops.merge",

@@ -34,6 +34,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("inspect", "Look", "What is this file? Kind, architecture, components, dtypes, metadata."),
     Entry("merge", "Checkpoints", "Two or more models into one, every tensor accounted for."),
     Entry("fuse", "LoRAs", "LoRAs of any family and dialect into a checkpoint."),
+    Entry("extract", "LoRAs", "A LoRA out of a finetune and its base."),
     Entry("convert", "Files", "A checkpoint in another layout, dtype or container."),
     Entry("demo", "Start here", "A small real merge, made and checked on the spot."),
 )

@@ -106,7 +106,10 @@ def report(found: Report, *, verbose: bool) -> None:
         out.print(printable(found.summary), style="bold", soft_wrap=True)
     if found.groups:
         out.print()
-        known = ("tensors", "merged", "fused", "cast", "copied", "split", "dropped")
+        known = (
+            "tensors", "merged", "fused", "cast", "copied", "split", "dropped",
+            "modules", "convolutions", "whole", "equal",
+        )  # fmt: skip
         counts = [k for k in known if any(g.get(k) for g in found.groups)]
         drawn = table("component", *counts, right=tuple(range(1, len(counts) + 1)))
         for group in found.groups:
@@ -134,10 +137,11 @@ def report(found: Report, *, verbose: bool) -> None:
     out.print(f"       {found.seconds:.2f} s, {speed}/s{peak}", style="dim")
     if found.verified is not None:
         v = found.verified
-        out.print(
-            f"       verified: {v['blocks']} samples, {v['values']:,} values, "
-            f"at most {v['largest_ulp']:.2f} ulp from float64"
-        )
+        if "modules" in v:
+            said = f"the error of {v['modules']} modules is as computed, within {v['largest_difference']:.1e}"
+        else:
+            said = f"{v['blocks']} samples, {v['values']:,} values, at most {v['largest_ulp']:.2f} ulp from float64"
+        out.print(f"       verified: {said}")
     if found.checked is not None:
         out.print(f"       checked: {found.checked['tensors']:,} tensors came back, {size(found.checked['bytes'])}, "
                   f"byte for byte")  # fmt: skip
@@ -150,7 +154,8 @@ def _modules(out: Console, modules: Sequence[Mapping[str, Any]]) -> None:
     drawn = table("module", *(f.replace("_", " ") for f in fields[1:]), right=tuple(range(1, len(fields))))
     for module in modules:
         values = (module[f] for f in fields[1:])
-        drawn.add_row(printable(module["name"]), *("-" if v is None else f"{v:.4g}" for v in values))
+        shown = ("-" if v is None else v if isinstance(v, str) else f"{v:.4g}" for v in values)
+        drawn.add_row(printable(module["name"]), *shown)
     out.print(drawn)
 
 

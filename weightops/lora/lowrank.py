@@ -249,8 +249,7 @@ def factorise(matrix: Tensor, rule: RankRule | int, *, generator: torch.Generato
     has a largest rank and does not need all singular values; exact otherwise, and where it does not converge.
 
     Singular values below what float32 tells from zero beside the largest count as zero. Signs and the split are those
-    of `truncate`. Takes a copy in float32 and 4 (k + 24) (out + n) values, and a copy in float64 of a matrix that is
-    within 0.3 % of a low rank. generator: on the CPU.
+    of `truncate`. Takes what `factorise_nbytes` says. generator: on the CPU.
     Source: Eckart & Young 1936 (the optimum); Halko, Martinsson & Tropp 2011. Raises ValueRefused for NaN and Inf.
     """
     return _factorise(matrix[None], rule, [generator], method)[0]
@@ -270,6 +269,45 @@ def factorise_many(
         return _factorise(torch.stack(list(matrices)), rule, generators, method)
     pairs = zip(matrices, generators, strict=True)
     return [factorise(m, rule, generator=g, method=method) for m, g in pairs]
+
+
+def factorise_nbytes(out: int, n: int, rule: RankRule | int) -> int:
+    """The bytes that `factorise` takes at most beside a matrix [out, n] in float32."""
+    rule = RankRule("rank", rule) if isinstance(rule, int) else rule
+    width = min(rule.most(out, n) + _OVERSAMPLING + 16, out, n)
+    least = min(out, n)
+    bands = 16 * _CHUNK
+    if rule.needs_all or _NARROW * width > least:
+        return bands + 8 * (4 * least * least + 2 * width * (out + n))
+    # In float64, where it comes to that: Q, its image, the residual and what QR makes of them; and the factors.
+    return bands + 8 * 5 * width * (out + n)
+
+
+def spectrum(matrix: Tensor) -> tuple[list[float], float]:
+    """All singular values of a matrix, largest first, and the sum of their squares; as exact as `factorise`'s own.
+
+    Raises ValueRefused for NaN and Inf.
+    """
+    import torch
+
+    work = _wide(matrix)
+    energy = float(_energy(work[None])[0])
+    if not math.isfinite(energy):
+        raise ValueRefused("", "the matrix holds NaN or Inf")
+    work = work if work.shape[0] >= work.shape[1] else work.mT
+    if work.dtype is torch.float64:
+        values = torch.linalg.svdvals(work)
+    else:
+        values = torch.linalg.eigvalsh(_gram_of(work[None])[0]).clamp_min(0).sqrt().flip(-1)
+    return values.where(values > _zero(work, values), 0).tolist(), energy
+
+
+def _zero(matrix: Tensor, values: Tensor) -> float:
+    """Singular values up to this are not told from zero."""
+    import torch
+
+    precise = matrix.dtype is torch.float64
+    return torch.finfo(matrix.dtype).eps * (max(matrix.shape) if precise else 1) * max(values.tolist(), default=0.0)
 
 
 class _Found(NamedTuple):
@@ -311,15 +349,11 @@ def _factorise(
 
 def _finish(matrix: Tensor, found: _Found, number: int, rule: RankRule, energy: float, flipped: bool) -> Factorised:
     """The factors of one matrix of the stack, or of its transpose where it is `flipped`."""
-    import torch
-
     values = found.values[number]
-    precise = matrix.dtype is torch.float64
-    zero = torch.finfo(matrix.dtype).eps * (max(matrix.shape) if precise else 1) * max(values.tolist(), default=0.0)
-    values = values.where(values > zero, 0)
+    values = values.where(values > _zero(matrix, values), 0)
     rank = rule.choose(values.tolist(), matrix.shape[0], matrix.shape[1], energy)
     right = found.right[number][:, :rank]
-    image = _product(matrix, right) if found.image is None else found.image[number][:, :rank]
+    image = _times(matrix[None], right[None])[0] if found.image is None else found.image[number][:, :rank]
     half = values[:rank].sqrt().to(image.dtype)
     up, down = image / half, half[:, None] * right.mT
     if flipped:
@@ -343,11 +377,33 @@ def _energy(stack: Tensor) -> Tensor:
     return total
 
 
-def _product(matrix: Tensor, right: Tensor) -> Tensor:
-    """matrix @ right in float64, without a float64 copy of the matrix."""
+def _times(stack: Tensor, right: Tensor) -> Tensor:
+    """stack @ right [b, m, l]; in float64 where `right` is, without a float64 copy of the stack."""
     import torch
 
-    return torch.cat([band[0] @ right for band in _chunks(matrix[None], _CHUNK)])
+    if stack.dtype == right.dtype:
+        return stack @ right
+    return torch.cat([band @ right for band in _chunks(stack, _CHUNK)], 1)
+
+
+def _transposed_times(stack: Tensor, left: Tensor) -> Tensor:
+    """stackᵀ @ left [b, n, l], alike."""
+    if stack.dtype == left.dtype:
+        return (left.mT @ stack).mT
+    total = left.new_zeros(stack.shape[0], stack.shape[2], left.shape[2])
+    row = 0
+    for band in _chunks(stack, _CHUNK):
+        total += band.mT @ left[:, row : row + band.shape[1]]
+        row += band.shape[1]
+    return total
+
+
+def _gram_of(stack: Tensor) -> Tensor:
+    """stackᵀ stack [b, n, n] in float64, a band of rows at a time."""
+    total = stack.new_zeros(stack.shape[0], stack.shape[2], stack.shape[2]).double()
+    for band in _chunks(stack, _CHUNK):
+        total += band.mT @ band
+    return total
 
 
 def _exact(stack: Tensor) -> _Found:
@@ -357,8 +413,7 @@ def _exact(stack: Tensor) -> _Found:
     if stack.dtype is torch.float64:
         _, values, right = torch.linalg.svd(stack, full_matrices=False)
         return _Found(values, right.mT, None, "exact", 0)
-    gram = sum(band.mT @ band for band in _chunks(stack, _CHUNK))
-    squares, vectors = torch.linalg.eigh(gram)
+    squares, vectors = torch.linalg.eigh(_gram_of(stack))
     return _Found(squares.clamp_min(0).sqrt().flip(-1), vectors.flip(-1), None, "exact", 0)
 
 
@@ -370,24 +425,24 @@ def _subspace(stack: Tensor, start: Tensor, k: int, energy: Tensor, spent: int =
     answer. Half the smallest Ritz value is subtracted from M Mᵀ: it doubles the rate at which the directions that
     decide are told apart, and costs nothing.
     Products are in float32; what is summed and decomposed, in float64. Where so little is lost that the difference
-    of two energies cannot tell it, it goes on with a float64 copy of the matrix.
+    of two energies cannot tell it, it goes on in float64, a band of the matrix at a time.
 
     Source: Halko, Martinsson & Tropp 2011, arXiv:0909.4061, algorithm 4.4; Musco & Musco 2015, arXiv:1504.05477 (what
     iterations gain without a gap); Feng, Yu, Xie & Tang 2024, arXiv:2404.09276 (the shift).
     """
     import torch
 
-    q = torch.linalg.qr(stack @ start).Q
+    q = torch.linalg.qr(_times(stack, start)).Q
     for iteration in range(spent + 1, spent + _ITERATIONS + 1):
-        basis, core = torch.linalg.qr((q.mT @ stack).mT)
+        basis, core = torch.linalg.qr(_transposed_times(stack, q))
         ritz, vectors = torch.linalg.eigh(_gram(core.mT))  # the values of M Mᵀ, largest last
         right, inside = basis @ vectors.to(q), q @ (core.mT @ vectors.to(q))
-        image = stack @ right  # of which Q holds what is inside
+        image = _times(stack, right)  # of which Q holds what is inside
         squares, turn = torch.linalg.eigh(_gram(image))
         best = squares.shape[-1] - k
         lost = energy - squares[..., best:].sum(-1)
-        if stack.dtype is torch.float32 and bool((lost < _DOUBLE * energy).any()):
-            return _subspace(stack.double(), right.double(), k, energy, iteration)
+        if q.dtype is torch.float32 and bool((lost < _DOUBLE * energy).any()):
+            return _subspace(stack, right.double(), k, energy, iteration)
         done = lost <= _ROUNDING * energy
         trust = _TRUST[min(iteration, len(_TRUST)) - 1]
         if trust:
@@ -446,24 +501,27 @@ class NoiseFloor:
         return sum(1 for v in singular_values if v > self.largest)
 
 
-def noise_floor(a: Tensor, b: Tensor) -> NoiseFloor:
-    """The rounding noise that `a - b` [out, n] inherits from the dtypes in which a and b are stored.
+def noise_floor(*stored: Tensor, rows: int | None = None) -> NoiseFloor:
+    """The rounding noise that a difference [out, n] inherits from the dtypes in which these matrices are stored.
 
-    Each value is taken to be off by an error uniform within half a unit of its last place (variance ulp²/12). That is
-    more than there is where b began as a's own stored values and hardly moved. The largest singular value of such
-    noise is at most √(largest sum of variances of a row) + √(that of a column), nearly; for equal variances that is
-    (√out + √n) √variance, and is attained.
+    Each value is taken to be off by an error uniform within half a unit of its last place (variance ulp²/12). Of a
+    model that began as the stored values of another, and hardly moved, that is more than there is. The largest
+    singular value of such noise is at most √(largest sum of variances of a row) + √(that of a column), nearly; for
+    equal variances that is (√out + √n) √variance, and is attained. rows: estimated from about so many of them.
     Source: Marchenko & Pastur 1967, Bai & Yin 1993 (the edge); Bandeira & van Handel 2016, arXiv:1408.6185 (unequal).
     """
     import torch
 
-    variance = torch.zeros(a.shape, device=a.device)
-    for stored in (a, b):
-        info = torch.finfo(stored.dtype)
+    out, n = stored[0].shape
+    step = max(1, out // rows) if rows else 1
+    variance = torch.zeros(-(-out // step), n, device=stored[0].device)
+    for matrix in stored:
+        info = torch.finfo(matrix.dtype)
         # Below the smallest normal number the unit stays what it is there. frexp's mantissa is in [0.5, 1).
-        magnitude = stored.float().abs().clamp_min(info.tiny)
+        magnitude = matrix[::step].float().abs().clamp_min(info.tiny)
         ulp = magnitude / torch.frexp(magnitude).mantissa * (info.eps / 2)
         variance += ulp.square() / 12
-    rows, columns = variance.double().sum(1), variance.double().sum(0)
-    largest = math.sqrt(float(rows.max())) + math.sqrt(float(columns.max()))
-    return NoiseFloor(math.sqrt(float(rows.sum())), largest)
+    share = out / max(len(variance), 1)
+    of_rows, of_columns = variance.double().sum(1), variance.double().sum(0) * share
+    largest = math.sqrt(float(of_rows.max())) + math.sqrt(float(of_columns.max()))
+    return NoiseFloor(math.sqrt(float(of_rows.sum()) * share), largest)

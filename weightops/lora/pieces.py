@@ -52,13 +52,23 @@ class Fill(NamedTuple):
     strength: float | None = None
 
 
+class Window(NamedTuple):
+    """Rows of a taller weight, of `rows` in all: its parts are not cut, and these bands of what they make are meant."""
+
+    rows: int
+    bands: Bands
+
+
 # What fills a tensor; the rest of it is zero.
 Fills = tuple[Fill, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The adapter of one canonical module. `alpha_key`: of the tensor that says its alpha, or did before it was cut."""
+    """The adapter of one canonical module. `alpha_key`: of the tensor that says its alpha, or did before it was cut.
+
+    window: the parts are those of a taller weight, and the module is these rows of it; None: the parts are its own.
+    """
 
     component: str
     name: str
@@ -67,6 +77,7 @@ class Piece:
     alpha: float | None
     adapter: str
     alpha_key: str | None = None
+    window: Window | None = None
 
     @property
     def rank(self) -> int | None:
@@ -89,6 +100,9 @@ class Piece:
         return next((self.parts[part].spec.rows for part in self.family.rows if part in self.parts), None)
 
 
+# Where an adapter cannot be taken apart, what it makes of the weights still can.
+_WHOLE = "fuse can still add it to a checkpoint that holds all of these weights"
+
 # Of a key's matrix, the first rows: a numpy array, true where a value is not zero.
 Filled = Callable[[str, int], Any]
 
@@ -104,7 +118,7 @@ def take_apart(
     assert adapter.target is not None
     target, family = adapter.target, adapter.family
     component = target.component or ""
-    parts = {part: Source(key, _normal(part, key, specs[key])) for part, key in adapter.keys.items() if part != "alpha"}
+    parts = sources(adapter, specs)
     rows, features = _rows(adapter), _features(adapter)
     swapped = _swaps(target.rule, rows, features, adapter, label)
     if len(target.names) == 1:
@@ -113,7 +127,7 @@ def take_apart(
             parts = swapped_halves(parts, family, adapter.name, rows, label)
         return [Piece(component, target.names[0], family, parts, alpha, adapter.name, adapter.keys.get("alpha"))]
     if rows is None or "reshape_weight" in parts:
-        raise MismatchError(label, f"{quote(adapter.name)} is a {adapter.label}, which cannot be taken apart by rows")
+        raise MismatchError(label, f"{quote(adapter.name)} is a {adapter.label}, which cannot be taken apart by rows", _WHOLE)
     bands = heights(target.rule, rows, features)
     if bands is None:
         raise MismatchError(
@@ -142,6 +156,11 @@ def _own_columns(parts: Mapping[str, Source], low: int, high: int) -> dict[str, 
     up, down = parts["up"], parts["down"]
     narrow = replace(up, spec=TensorSpec(up.spec.dtype, (up.spec.rows, high - low)), columns=(low, high))
     return {**parts, "up": narrow, "down": replace(down, spec=down.spec.with_rows(high - low), bands=((low, high),))}
+
+
+def sources(adapter: Adapter, specs: Mapping[str, TensorSpec]) -> dict[str, Source]:
+    """The adapter's parts as they stand in its file, but for alpha."""
+    return {part: Source(key, _normal(part, key, specs[key])) for part, key in adapter.keys.items() if part != "alpha"}
 
 
 def _normal(part: str, key: str, spec: TensorSpec) -> TensorSpec:
@@ -188,7 +207,7 @@ def cut_rows(
     """The parts of these rows of the weight: row parts are cut, the others shared. Raises MismatchError."""
     found = dict(parts)
     if not any(part in parts for part in family.rows) or "hada_t1" in parts:
-        raise MismatchError(label, f"{quote(name)} is a {family.name}, which cannot be cut into rows exactly")
+        raise MismatchError(label, f"{quote(name)} is a {family.name}, which cannot be cut into rows exactly", _WHOLE)
     for part in (*family.rows, "dora_scale"):
         if part not in parts:
             continue
@@ -199,19 +218,20 @@ def cut_rows(
                 label,
                 f"{quote(name)} has a magnitude for each input, {list(source.spec.shape)}: its norms run "
                 "over all the rows of the packed weight, and cannot be taken apart",
+                _WHOLE,
             )
         step, odd = divmod(rows, own)
         if odd or (step > 1 and not family.uniform_rows) or any(a % step or b % step for a, b in bands):
             raise MismatchError(
-                label, f"{quote(name)}: {part} has {own} rows for {rows}, which cannot be cut at {bands}"
+                label, f"{quote(name)}: {part} has {own} rows for {rows}, which cannot be cut at {bands}", _WHOLE
             )
         cut = tuple((a // step, b // step) for a, b in bands)
         height = sum(b - a for a, b in cut)
-        found[part] = replace(source, spec=source.spec.with_rows(height), bands=_within(source.bands, cut))
+        found[part] = replace(source, spec=source.spec.with_rows(height), bands=within(source.bands, cut))
     return found
 
 
-def _within(outer: Bands | None, inner: Bands) -> Bands:
+def within(outer: Bands | None, inner: Bands) -> Bands:
     """Rows of rows: the inner bands count from the beginning of the outer ones."""
     if outer is None:
         return inner

@@ -42,12 +42,12 @@ class Alignment:
             return
         if self._pieces is None:
             self._pieces = {}
-            for name, found in _places(self.first, self.identity).items():
+            for name, found in places_of(self.first, self.identity).items():
                 self._pieces.setdefault(found.slot.key, []).append((name, found))
         known = {c: part.match.network.name for c, part in self.identity.parts.items() if part.match is not None}
         self._views[number] = {
             name: found
-            for name, found in _places(model, identity).items()
+            for name, found in places_of(model, identity).items()
             if (part := identity.parts[name[0]]).match is not None and known.get(name[0]) == part.match.network.name
         }
 
@@ -79,7 +79,8 @@ class Alignment:
         return {found.slot.key: mine[name] for name, found in view.items() if name in mine}
 
 
-def _places(model: Checkpoint, identity: Identity) -> dict[Name, Place]:
+def places_of(model: Checkpoint, identity: Identity) -> dict[Name, Place]:
+    """Where a model has each canonical tensor of the networks that are known, averages apart."""
     found: dict[Name, Place] = {}
     for component, part in identity.parts.items():
         if part.match is not None and component != "ema":

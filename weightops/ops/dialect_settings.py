@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from weightops.errors import MismatchError, listing, quote
 from weightops.files.folder import OutputFile
@@ -14,8 +14,23 @@ from weightops.naming.keymap import NETWORKS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from weightops.files.checkpoint import Checkpoint
     from weightops.lora.dialects import Dialect
-    from weightops.ops.dialect import State
+    from weightops.naming.keymap import Architecture
+
+
+class State(Protocol):
+    """What is known of an adapter file that is being planned. homes: output key -> its component."""
+
+    @property
+    def dialect(self) -> Dialect: ...
+    @property
+    def architecture(self) -> Architecture: ...
+    @property
+    def opened(self) -> Checkpoint: ...
+    @property
+    def homes(self) -> dict[str, str]: ...
+
 
 # Several components' files may hold the same names: until they are written, this keeps them apart.
 APART = "\0"

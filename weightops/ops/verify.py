@@ -35,7 +35,7 @@ def verify(plan: Plan, written: Path, *, label: str) -> dict[str, Any]:
     chosen = random.Random(0).sample(plan.tasks, min(SAMPLES, len(plan.tasks)))
     values, worst = 0, 0.0
     with contextlib.ExitStack() as stack:
-        places = _places(plan, written, stack)
+        places = output_places(plan, written, stack)
         for task in chosen:
             if not any(slot.spec.nbytes for slot in task.outputs):
                 continue
@@ -59,7 +59,7 @@ def verify(plan: Plan, written: Path, *, label: str) -> dict[str, Any]:
     return {"blocks": len(chosen), "values": values, "largest_ulp": round(worst, 4)}
 
 
-def _places(plan: Plan, written: Path, stack: contextlib.ExitStack) -> dict[str, tuple[Checkpoint, str]]:
+def output_places(plan: Plan, written: Path, stack: contextlib.ExitStack) -> dict[str, tuple[Checkpoint, str]]:
     """Where each output stands: the file, opened, and its name there."""
     if not plan.files:
         result = stack.enter_context(open_checkpoint(written))
@@ -117,15 +117,16 @@ def _distance_of_tensors(task: Task, block: Block, given: list[memoryview], foun
         for operand in inputs:
             if operand.dtype == torch.float64 and operand.shape == reference.shape:
                 largest = torch.maximum(largest, operand.abs())
-        worst = max(worst, ulps(result, reference, largest))
+        worst = max(worst, ulps(result, reference, largest, task.tolerance))
     return worst
 
 
-def ulps(found: Tensor, exact: Tensor, operands: Tensor | None = None) -> float:
+def ulps(found: Tensor, exact: Tensor, operands: Tensor | None = None, tolerance: float = 0.0) -> float:
     """The largest |found − exact| in units in the last place of `found`'s dtype, at `exact`'s magnitude.
 
     operands: the largest |operand| of each value; where they cancel out, the unit is that of float32 arithmetic
-    on them, which is what is promised. NaN and Inf must be found where `exact`, rounded, has them.
+    on them, which is what is promised. tolerance: the least unit, relative to `exact`. NaN and Inf must be found where
+    `exact`, rounded, has them.
     """
     import torch
 
@@ -143,5 +144,6 @@ def ulps(found: Tensor, exact: Tensor, operands: Tensor | None = None) -> float:
     if operands is not None:
         # float32 keeps 24 bits of an operand; the shorter dtypes are computed in it, in a few operations.
         unit = torch.maximum(unit, operands * {64: 0.0, 32: 2.0**-23}.get(info.bits, 2.0**-21))
+    unit = torch.maximum(unit, exact.abs() * tolerance)
     distance = ((found.double() - exact).abs() / unit).nan_to_num(torch.inf, posinf=torch.inf)
     return float(torch.where(same & ~wanted.isfinite(), 0.0, distance).max())

@@ -41,7 +41,7 @@ _LOOKED_UP = ("token_embedding", "position_embedding", "embed_tokens", "shared",
 _VERSIONS = {"sd15": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
 
 # Where both are about as large, factors are read by more tools than a whole difference.
-_SMALLER = 0.99
+_SMALLER = 0.95
 
 # Matrices of one shape that are factorised together on a CUDA device, and the values they may have.
 _TOGETHER = 16
@@ -114,9 +114,6 @@ class Matrix:
             return "F16"
         return becomes(self.tuned[0].slot.spec, dtype).dtype
 
-    def is_smaller_whole(self, rank: int) -> bool:
-        """Does the difference itself take fewer bytes than factors of this rank?"""
-        return self.out * self.n < _SMALLER * rank * (self.out + self.n)
 
     def inputs(self) -> tuple[Input, ...]:
         return (*(Input(0, at.slot) for at in self.tuned), *(Input(1, at.slot) for at in self.base))
@@ -152,6 +149,11 @@ class Pair:
     account: Account = field(default_factory=Account)
     homes: dict[str, str] = field(default_factory=dict)
     left_out: int = 0
+
+    def is_whole(self, matrix: Matrix, rank: int) -> bool:
+        """Is the difference itself written, for it takes fewer bytes than factors of this rank?"""
+        smaller = matrix.out * matrix.n < _SMALLER * rank * (matrix.out + matrix.n)
+        return smaller and self.dialect.alpha == "tensor"  # the others have no differences
 
     @property
     def architecture(self) -> Architecture:
@@ -420,7 +422,7 @@ def plan_extract(found: Pair, ranks: Sequence[int], *, together: bool = False) -
     tasks.extend(_task(found, group, ranks, outputs, units) for group in groups)
     for number in (n for group in groups for n in group):
         matrix = found.matrices[number]
-        if found.dialect.alpha == "tensor" and not matrix.is_smaller_whole(ranks[number]):
+        if found.dialect.alpha == "tensor" and not found.is_whole(matrix, ranks[number]):
             key = _key(found, outputs, matrix.component, matrix.name, "alpha")
             task, outputs[key] = constant(key, float(ranks[number]), matrix.written(wish.dtype))
             tasks.append(task)
@@ -465,7 +467,7 @@ def _task(
     pieces = []
     for number in group:
         matrix, rank = found.matrices[number], ranks[number]
-        parts = _parts(matrix, rank, matrix.written(found.wish.dtype))
+        parts = _parts(found, matrix, rank)
         for part, spec in parts.items():
             key = _key(found, outputs, matrix.component, matrix.name, part)
             outputs[key] = spec
@@ -490,9 +492,10 @@ def _is_double(matrix: Matrix) -> bool:
     return any(at.slot.spec.dtype == "F64" for at in (*matrix.tuned, *matrix.base))
 
 
-def _parts(matrix: Matrix, rank: int, dtype: str) -> dict[str, TensorSpec]:
+def _parts(found: Pair, matrix: Matrix, rank: int) -> dict[str, TensorSpec]:
     """The tensors of one module: factors, or the difference itself where that is smaller."""
-    if matrix.is_smaller_whole(rank):
+    dtype = matrix.written(found.wish.dtype)
+    if found.is_whole(matrix, rank):
         return {"diff": TensorSpec(dtype, matrix.shape)}
     ones = (1,) * (len(matrix.shape) - 2)
     return {
@@ -526,7 +529,7 @@ def _counts(found: Pair, ranks: Sequence[int]) -> list[dict[str, Any]]:
     for matrix, rank in zip(found.matrices, ranks, strict=True):
         name = matrix.component or "model"
         entry = counted.setdefault(name, {"component": name, "modules": 0, "convolutions": 0, "whole": 0, "equal": 0})
-        whole = matrix.is_smaller_whole(rank)
+        whole = found.is_whole(matrix, rank)
         entry[
             "equal" if not rank else "whole" if whole else "convolutions" if matrix.is_convolution else "modules"
         ] += 1

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from weightops.ops.fuse import fuse
     from weightops.ops.inspect import inspect
     from weightops.ops.merge import merge
+    from weightops.ops.unfuse import unfuse
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "convert", "extract", "fuse", "inspect", "merge"]
+__all__ = ["__version__", "convert", "extract", "fuse", "inspect", "merge", "unfuse"]
 
 # Imported when first asked for, so that `import weightops` costs nothing. No subpackage may have a verb's name:
 # importing it would put the module in the function's place.
@@ -25,6 +26,7 @@ _VERBS = {
     "fuse": "weightops.ops.fuse",
     "inspect": "weightops.ops.inspect",
     "merge": "weightops.ops.merge",
+    "unfuse": "weightops.ops.unfuse",
 }
 
 

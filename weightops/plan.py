@@ -60,7 +60,8 @@ class Task:
 
     No inputs: `compute` makes the outputs from nothing, as with constants. What outputs hold before is chance:
     it fills all of them. `raw`: it is a RawCompute, and torch is not needed.
-    `work_nbytes` are the bytes of working copies that `compute` makes for a block, at most.
+    `work_nbytes` are the bytes of working copies that `compute` makes for a block, at most. `tolerance`: how far an
+    output may be off the same work in float64, relative to the larger of it and of inputs of its shape.
     With ROWS, all slots that are not shared have equally many rows.
     """
 
@@ -71,6 +72,7 @@ class Task:
     grain: Grain = Grain.ROWS
     work_nbytes: int = 0
     raw: bool = False
+    tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         if self.raw and self.grain is Grain.ROWS:
@@ -91,7 +93,8 @@ class Plan:
     hash of each source filled in. With `refuse_nonfinite`, NaN or Inf among the outputs is an error.
     `files`: the output is a folder, in which each output stands in one of these, beside `extras`, files whose
     bytes are given by path. `data_hashes`: keys of the metadata, and the format of each ("0x{}"), for the SHA-256
-    of all bytes after the header of the file in which they stand.
+    of all bytes after the header of the file in which they stand. `header`: the first bytes of the one file as they
+    are to stand, in place of a header of ours; the tensors follow in the order of `outputs`.
     """
 
     sources: tuple[Checkpoint, ...]
@@ -103,6 +106,7 @@ class Plan:
     files: tuple[OutputFile, ...] = ()
     extras: Mapping[str, bytes] = field(default_factory=dict)
     data_hashes: Mapping[str, str] = field(default_factory=dict)
+    header: bytes = b""
 
     def __post_init__(self) -> None:
         if self.extras and not self.files:

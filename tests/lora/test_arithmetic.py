@@ -12,6 +12,7 @@ import math
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -39,7 +40,7 @@ from torch import nn
 
 from weightops.errors import MismatchError
 from weightops.lora.dialects import ending_of
-from weightops.lora.family import FAMILIES, Family, Parts, can_change, change, change_bias, decompose, grain_of
+from weightops.lora.family import FAMILIES, Family, Parts, Told, can_change, change, change_bias, decompose, grain_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -73,7 +74,11 @@ SAME = {torch.float64: 1e-14, torch.float32: 1e-6}
 
 @dataclass
 class Made:
-    """An adapter as a library wrote it, and what that library's code makes of W: its name -> (weight, bias)."""
+    """An adapter as a library wrote it, and what that library's code makes of W: its name -> (weight, bias).
+
+    stored: the tensors of its file, keyed by what follows the module's name there. config: PEFT's, beside the file.
+    half: what the library makes of W at half the strength, where it means by that what we do.
+    """
 
     parts: dict[str, Tensor]
     alpha: float | None
@@ -83,10 +88,13 @@ class Made:
     precision: torch.dtype
     rank: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    stored: dict[str, Tensor] = field(default_factory=dict)
+    config: Any = None
+    half: Tensor | None = None
 
     def given(self, dtype: torch.dtype) -> Parts:
         tensors = {part: tensor.to(dtype) for part, tensor in self.parts.items()}
-        return Parts(tensors, self.alpha, tuple(self.weight.shape), **self.settings)
+        return Parts(tensors, self.alpha, tuple(self.weight.shape), Told(**self.settings))
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,8 @@ def named(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ending = ending_of("module." + key)
         part = "ia3" if ending is None and key == "weight" and "on_input" in state else ending and ending.part
         assert part, key
+        if "magnitude" in key:  # PEFT's is of outputs, and our reader says so with LyCORIS' shape
+            tensor = tensor.reshape(-1, *[1] * (max(tensor.dim(), 2) - 1))
         found[part] = tensor
     return found
 
@@ -146,6 +156,14 @@ def probe(forward: Callable[[Tensor], Tensor], layer: nn.Module) -> tuple[Tensor
         nothing = forward(torch.zeros(1, *shape[1:], dtype=dtype))
         found = forward(torch.eye(values, dtype=dtype).reshape(values, *shape[1:])) - nothing
     return found.flatten(1).T.reshape(shape), nothing.flatten()
+
+
+def storable(layer: nn.Module) -> nn.Module:
+    """The layer with weights that are the same in each dtype of checkpoints: multiples of 1/128, few of them."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_((parameter * 128).round() / 128)
+    return layer
 
 
 def randomised(parameters: Iterator[tuple[str, nn.Parameter]]) -> None:
@@ -163,11 +181,13 @@ def lycoris(
     # Its OFT inverts in float32, whatever it is given.
     precision = torch.float32 if module in (DiagOFTModule, ButterflyOFTModule) else torch.float64
     seed(f"{module.__name__} {kind} {settings}")
-    layer = LAYERS[kind](features, out, dtype=precision)
+    layer = storable(LAYERS[kind](features, out, dtype=precision))
     written = module("module", layer, **settings).to(precision)
     randomised(written.named_parameters())
     # Before it is applied, a FullModule's weight is the difference, which its state dict would take for W'.
     state = {"diff": written.weight, "diff_b": written.bias} if module is FullModule else written.state_dict()
+    if module is IA3Module:
+        state["on_input"] = written.on_input
     stored = through_a_file(state, source)
     reference = module("module", layer, **settings).to(precision).eval()
     reference.load_state_dict({key: tensor.to(precision) for key, tensor in stored.items()}, strict=False)
@@ -177,6 +197,12 @@ def lycoris(
     if module not in (LohaModule, LokrModule):  # see test_lycoris_merges_loha_and_lokr_at_the_square_of_their_scale
         weight, bias = reference.get_merged_weight(1, layer.weight.shape)
         references["merge"] = weight.detach(), layer.bias if bias is None else bias.detach()
+    elif not settings.get("weight_decompose"):
+        references["functional"] = (layer.weight + reference.get_weight(layer.weight.shape)).detach(), layer.bias
+    half = None
+    other = settings.get("weight_decompose") or settings.get("rescaled")  # these it does not weaken
+    if module in (LoConModule, GLoRAModule, IA3Module, DiagOFTModule) and not other:
+        half = reference.get_merged_weight(0.5, layer.weight.shape)[0].detach()
     return Made(
         parts,
         None if alpha is None else alpha.item(),
@@ -184,7 +210,9 @@ def lycoris(
         layer.bias.detach(),
         references,
         precision,
-        settings.get("lora_dim") if module in RANKED and not settings.get("full_matrix") else None,
+        None if module not in RANKED or {"lokr_w1", "lokr_w2"} <= stored.keys() else settings["lora_dim"],
+        stored=stored,
+        half=half,
     )
 
 
@@ -193,6 +221,7 @@ def norms(norm: Callable[[int], nn.Module], source: torch.dtype) -> Made:
     seed("norm")
     layer = norm(24).double()
     randomised(layer.named_parameters())
+    storable(layer)
     written = NormModule("module", layer).double()
     randomised(written.named_parameters())
     stored = through_a_file(written.state_dict(), source)
@@ -200,35 +229,39 @@ def norms(norm: Callable[[int], nn.Module], source: torch.dtype) -> Made:
     reference.load_state_dict({key: tensor.double() for key, tensor in stored.items()})
     weight, bias = reference.get_merged_weight(1)
     references = {"merge": (weight.detach(), bias.detach())}
-    return Made(named(stored), None, layer.weight.detach(), layer.bias.detach(), references, torch.float64)
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    return Made(named(stored), None, weight, bias, references, torch.float64, stored=stored)
 
 
 def peft(
     config: Any, kind: str, source: torch.dtype, *, alpha: float | None = None, rank: int | None = None,
-    ours: Mapping[str, Any] | None = None,
+    ours: Mapping[str, Any] | None = None, features: int = IN, precision: torch.dtype = torch.float64,
 ) -> Made:  # fmt: skip
     """An adapter that PEFT writes; alpha, ours: what its adapter_config.json says, and no tensor."""
     seed(f"{config} {kind}")
-    layer = LAYERS[kind](IN, OUT, dtype=torch.float64)
+    layer = storable(LAYERS[kind](features, OUT, dtype=torch.float64))
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     model = get_peft_model(nn.Sequential(OrderedDict(layer=layer)), config(target_modules=["layer"])).double().eval()
     randomised((name, p) for name, p in model.named_parameters() if "base_layer" not in name)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Adapter 'default': 1 LoRA tensor")  # it takes lora_B.bias for a torn weight
         stored = through_a_file(get_peft_model_state_dict(model), source)
+    written = model.peft_config["default"]
     set_peft_model_state_dict(model, {key: tensor.double() for key, tensor in stored.items()})
     references = {"forward": probe(model, layer)}
     merged = model.merge_and_unload().layer
     references["merge"] = merged.weight.detach(), merged.bias.detach()
-    parts = named({key.removeprefix("base_model.model.layer"): tensor for key, tensor in stored.items()})
-    return Made(parts, alpha, weight, bias, references, torch.float64, rank, dict(ours or {}))
+    stored = {key.removeprefix("base_model.model.layer."): tensor for key, tensor in stored.items()}
+    parts = named(stored)
+    return Made(parts, alpha, weight, bias, references, precision, rank, dict(ours or {}), stored, written)
 
 
 def older(kind: str, features: int, source: torch.dtype) -> Made:
     """GLoRA as LyCORIS wrote it before 3.0: a1 and b1 for `down`, a2 and b2 for `up`."""
     made = lycoris(GLoRAModule, kind, source, features=features, lora_dim=3, alpha=2.0)
     pairs = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}
-    return replace(made, parts={pairs[part]: tensor for part, tensor in made.parts.items()})
+    stored = {pairs.get(key[:2], key[:2]) + key[2:]: tensor for key, tensor in made.stored.items()}
+    return replace(made, parts={pairs[part]: tensor for part, tensor in made.parts.items()}, stored=stored)
 
 
 def alone(make: Callable[..., Made], kept: str, source: torch.dtype) -> Made:
@@ -239,17 +272,49 @@ def alone(make: Callable[..., Made], kept: str, source: torch.dtype) -> Made:
         name: (made.weight, bias) if of_bias else (weight, made.bias)
         for name, (weight, bias) in made.references.items()
     }
-    return replace(made, parts={kept: made.parts[kept]}, references=references)
+    return replace(made, parts={kept: made.parts[kept]}, references=references, stored={kept: made.stored[kept]})
 
 
 def set_by_comfy(parts: tuple[str, ...], source: torch.dtype) -> Made:
     """ComfyUI's `set`: the tensors are the weight and the bias."""
     seed("set")
-    weight, bias = torch.randn(OUT, IN).double(), torch.randn(OUT).double()
+    layer = storable(nn.Linear(IN, OUT)).double()
+    weight, bias = layer.weight.detach(), layer.bias.detach()
     given = {"set_weight": torch.randn(OUT, IN).to(source), "set_bias": torch.randn(OUT).to(source)}
     given = {part: given[part] for part in parts}
     changed = given.get("set_weight", weight).double(), given.get("set_bias", bias).double()
-    return Made(given, None, weight, bias, {"definition": changed}, torch.float64)
+    return Made(given, None, weight, bias, {"definition": changed}, torch.float64, stored=given)
+
+
+def kohya_oft(
+    kind: str, source: torch.dtype, *, alpha: float, heights: tuple[int, ...] = (), out: int = OUT, features: int = IN
+) -> Made:
+    """sd-scripts, networks/oft.py: ‖Q‖ ≤ alpha·out, W' = Rᵀ W, and at a strength λ with λ(R − I) + I.
+
+    Restated, for it is no package. heights: networks/oft_flux.py, each of these bands of a packed weight by itself.
+    """
+    keys = [f"oft_blocks.{n}" for n in range(len(heights))] or ["oft_blocks"]
+    heights = heights or (out,)
+    seed(f"kohya {heights} {alpha} {kind}")
+    layer = storable(LAYERS[kind](features, sum(heights), dtype=torch.float64))
+    count = 3 if heights[0] % 3 == 0 else 4
+    blocks = [0.1 * torch.randn(count, height // count, height // count) for height in heights]
+    stored = through_a_file(dict(zip(keys, blocks, strict=True)) | {"alpha": torch.tensor(alpha)}, source)
+    weight = layer.weight.detach()
+    alpha = stored["alpha"].item()
+    bands: dict[float, list[Tensor]] = {1.0: [], 0.5: []}
+    for key, band in zip(keys, weight.split(heights), strict=True):
+        skew = torch.block_diag(*(stored[key].double() - stored[key].double().mT))
+        skew = skew * min(1.0, alpha * len(band) / skew.norm().item())
+        unit = torch.eye(len(band)).double()
+        turn = (unit + skew) @ torch.linalg.inv(unit - skew)
+        for strength, found in bands.items():
+            found.append(torch.einsum("oi...,op->pi...", band, strength * (turn - unit) + unit))
+    parts = {part: tensor for part, tensor in named(stored).items() if part != "alpha"}
+    references: dict[str, tuple[Tensor, Tensor | None]] = {"restated": (torch.cat(bands[1.0]), layer.bias.detach())}
+    return Made(
+        parts, alpha, weight, layer.bias.detach(), references, torch.float64, stored=stored, half=torch.cat(bands[0.5])
+    )
 
 
 def cases() -> Iterator[Case]:
@@ -282,6 +347,8 @@ def cases() -> Iterator[Case]:
     yield from lyc("loha", "LoHa, cores", LohaModule, KERNELS, **low, use_tucker=True)
     yield from lyc("loha", "DoHa of outputs", LohaModule, two, **low, **outputs)
     yield from lyc("loha", "DoHa of inputs", LohaModule, two, **low, **inputs)
+    yield from lyc("loha", "DoHa, cores", LohaModule, ("conv2d",), **low, **outputs, use_tucker=True)
+    yield from lyc("loha", "rsLoRA", LohaModule, two, lora_dim=4, alpha=2.0, rs_lora=True)
     half = {"lora_dim": 2, "alpha": 1.0}
     tall = {"features": 4, "factor": 2, "decompose_both": True, "unbalanced_factorization": True}
     yield from lyc("lokr", "w1, w2", LokrModule, **half, full_matrix=True)
@@ -292,8 +359,10 @@ def cases() -> Iterator[Case]:
     yield from lyc("lokr", "w1_a w1_b, w2_a w2_b", LokrModule, **half, decompose_both=True)
     yield from lyc("lokr", "w1_a w1_b, core", LokrModule, KERNELS, **half, decompose_both=True, use_tucker=True)
     yield from lyc("lokr", "rsLoRA", LokrModule, ("linear",), lora_dim=2, alpha=math.sqrt(2), rs_lora=True)
+    yield from lyc("lokr", "w1, w2, by its size", LokrModule, two, lora_dim=64, alpha=1.0)
     yield from lyc("lokr", "DoKr of outputs", LokrModule, two, **half, **outputs)
     yield from lyc("lokr", "DoKr of inputs", LokrModule, two, **half, **inputs)
+    yield from lyc("lokr", "DoKr, core", LokrModule, ("conv2d",), **half, **outputs, use_tucker=True)
     yield from lyc("glora", "GLoRA", GLoRAModule, **low)
     yield from lyc("glora", "GLoRA, square", GLoRAModule, two, **low, features=OUT)
     yield from each("glora", "older GLoRA", older, two, features=IN)
@@ -305,8 +374,16 @@ def cases() -> Iterator[Case]:
     yield from lyc("oft", "Diag-OFT, constraint", DiagOFTModule, two, lora_dim=4, constraint=2**-7)
     yield from lyc("oft", "Diag-OFT, loose constraint", DiagOFTModule, two, lora_dim=4, constraint=4.0)
     yield from lyc("oft", "Diag-OFT, rescale", DiagOFTModule, lora_dim=4, constraint=2**-7, rescaled=True)
+    yield from lyc("oft", "Diag-OFT, rescale alone", DiagOFTModule, two, lora_dim=4, rescaled=True)
     yield from lyc("oft", "BOFT", ButterflyOFTModule, out=32, lora_dim=4)
+    yield from lyc("oft", "BOFT, constraint", ButterflyOFTModule, two, out=32, lora_dim=4, constraint=2**-6)
     yield from lyc("oft", "BOFT, rescale", ButterflyOFTModule, out=32, lora_dim=8, constraint=2**-8, rescaled=True)
+    # kohya: https://github.com/kohya-ss/sd-scripts
+    yield from each("oft", "kohya's OFT", kohya_oft, two, alpha=1.0)
+    yield from each("oft", "kohya's OFT, constraint", kohya_oft, two, alpha=2**-6)
+    yield from each("oft_bands", "kohya's OFT for Flux", kohya_oft, ("linear",), alpha=2**-6, heights=(OUT,))
+    yield from each("oft_bands", "kohya's OFT of 3", kohya_oft, ("linear",), alpha=2**-6, heights=(6, 6, 6))
+    yield from each("oft_bands", "kohya's OFT of 4", kohya_oft, ("linear",), alpha=2**-6, heights=(6, 6, 6, 24))
     yield from lyc("full", "diff, diff_b", FullModule)
     layer_norm = functools.partial(norms, nn.LayerNorm)
     yield Case("norm", "LayerNorm", layer_norm)
@@ -321,6 +398,9 @@ def cases() -> Iterator[Case]:
     lora = functools.partial(LoraConfig, r=4, lora_alpha=2)
     yield from hugging("lora", "LoRA", lora, alpha=2.0, rank=4)
     yield from hugging("lora", "DoRA", functools.partial(lora, use_dora=True), alpha=2.0, rank=4)
+    yield from hugging(
+        "lora", "DoRA, square", functools.partial(lora, use_dora=True), two, alpha=2.0, rank=4, features=OUT
+    )
     yield from hugging("lora", "LoRA with bias", functools.partial(lora, lora_bias=True), two, alpha=2.0, rank=4)
     # alpha/√r is (alpha·√r)/r: our reader of adapter_config.json hands in alpha·√r.
     yield from hugging("lora", "rsLoRA", functools.partial(lora, use_rslora=True), two, alpha=4.0, rank=4)
@@ -343,6 +423,10 @@ def cases() -> Iterator[Case]:
     yield from hugging("oftv2", "OFT", oft, flat)
     yield from hugging("oftv2", "OFT, exact", exact, flat, ours={"neumann": None})
     yield from hugging("oftv2", "OFT, shared block", functools.partial(oft, block_share=True), flat)
+    # Its constraint divides by a root in float32.
+    for kind, eps in (("linear", 0.5), ("conv2d", 2.0)):
+        coft = functools.partial(oft, coft=True, eps=eps)
+        yield from hugging("oftv2", "OFT, coft", coft, (kind,), ours={"coft": eps}, precision=torch.float32)
     for terms in (1, 2, 3, 4, 6):
         series = functools.partial(oft, num_cayley_neumann_terms=terms)
         yield from hugging("oftv2", f"OFT, {terms} terms", series, ("linear",), ours={"neumann": terms})
@@ -352,6 +436,98 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
+
+# What was promised, form by form, and the cases that keep the promise: made by LyCORIS and PEFT, for matrices and for
+# kernels. (fuse_lora of diffusers, kohya's merge and what is for no library to make stand in tests of their own.)
+PROMISED: dict[str, tuple[str, ...]] = {
+    "LoRA, linear": ("lora: LoCon, linear", "lora: PEFT LoRA, linear"),
+    "LoRA, conv": (
+        "lora: LoCon, conv1d", "lora: LoCon, conv2d", "lora: LoCon, conv2d 1x1", "lora: LoCon, conv3d",
+        "lora: PEFT LoRA, conv1d", "lora: PEFT LoRA, conv2d", "lora: PEFT LoRA, conv2d 1x1", "lora: PEFT LoRA, conv3d",
+    ),
+    "LoRA, Tucker/CP mid": ("lora: LoCon, core, conv1d", "lora: LoCon, core, conv2d", "lora: LoCon, core, conv3d"),
+    "LoRA, lora bias": ("lora: PEFT LoRA with bias, linear", "lora: PEFT LoRA with bias, conv2d"),
+    "LoRA, rsLoRA": (
+        "lora: LoCon, rsLoRA, linear", "lora: LoCon, rsLoRA, conv2d",
+        "lora: PEFT rsLoRA, linear", "lora: PEFT rsLoRA, conv2d",
+    ),
+    "LoHa": (
+        "loha: LoHa, linear", "loha: LoHa, conv1d", "loha: LoHa, conv2d", "loha: LoHa, conv3d",
+        "loha: PEFT LoHa, linear", "loha: PEFT LoHa, conv2d",
+    ),
+    "LoHa, with Tucker": ("loha: LoHa, cores, conv2d", "loha: PEFT LoHa, cores, conv2d"),
+    "LoKr, w1 and w2": (
+        "lokr: w1, w2, linear", "lokr: w1, w2, conv2d", "lokr: w1, w2, by its size, linear",
+        "lokr: w1, w2, by its size, conv2d",
+    ),
+    "LoKr, w1 and w2_a w2_b": (
+        "lokr: w1, w2_a w2_b, linear", "lokr: w1, w2_a w2_b, conv2d",
+        "lokr: PEFT LoKr, linear", "lokr: PEFT LoKr, conv2d",
+    ),
+    "LoKr, w1_a w1_b and w2": ("lokr: w1_a w1_b, w2, linear", "lokr: w1_a w1_b, w2, conv2d"),
+    "LoKr, w1_a w1_b and w2_a w2_b": (
+        "lokr: w1_a w1_b, w2_a w2_b, linear", "lokr: w1_a w1_b, w2_a w2_b, conv2d",
+        "lokr: PEFT LoKr of both, linear", "lokr: PEFT LoKr of both, conv2d",
+    ),
+    "LoKr, with Tucker": (
+        "lokr: w1, core, conv2d", "lokr: w1_a w1_b, core, conv2d", "lokr: PEFT LoKr, core, conv2d",
+    ),
+    "LoKr, the trainers that mean otherwise": ("lokr: PEFT LoKr, whole, linear", "lokr: PEFT LoKr, whole, conv2d"),
+    "DoRA, per output": (
+        "lora: DoRA of outputs, linear", "lora: DoRA of outputs, conv2d", "lora: PEFT DoRA, linear",
+        "lora: PEFT DoRA, conv2d", "lora: PEFT DoRA, square, linear", "lora: PEFT DoRA, square, conv2d",
+        "lora: DoRA, core, conv2d", "loha: DoHa of outputs, linear", "loha: DoHa of outputs, conv2d",
+        "lokr: DoKr of outputs, linear", "lokr: DoKr of outputs, conv2d",
+    ),
+    "DoRA, per input": (
+        "lora: DoRA of inputs, linear", "lora: DoRA of inputs, conv2d", "lora: DoRA of inputs, square, linear",
+        "lora: DoRA of inputs, square, conv2d", "loha: DoHa of inputs, linear", "loha: DoHa of inputs, conv2d",
+        "lokr: DoKr of inputs, linear", "lokr: DoKr of inputs, conv2d",
+    ),
+    "IA3": (
+        "ia3: IA3 of outputs, linear", "ia3: IA3 of outputs, conv2d", "ia3: IA3 of inputs, linear",
+        "ia3: IA3 of inputs, conv2d", "ia3: IA3 of inputs, square, linear", "ia3: IA3 of inputs, square, conv2d",
+    ),
+    "GLoRA, both dialects": (
+        "glora: GLoRA, linear", "glora: GLoRA, conv2d", "glora: GLoRA, square, linear", "glora: GLoRA, square, conv2d",
+        "glora: older GLoRA, linear", "glora: older GLoRA, conv2d",
+        "glora: older GLoRA, square, linear", "glora: older GLoRA, square, conv2d",
+    ),
+    "Diag-OFT": ("oft: Diag-OFT, linear", "oft: Diag-OFT, conv2d"),
+    "Diag-OFT, constraint": (
+        "oft: Diag-OFT, constraint, linear", "oft: Diag-OFT, constraint, conv2d",
+        "oft: Diag-OFT, loose constraint, linear", "oft: Diag-OFT, loose constraint, conv2d",
+    ),
+    "Diag-OFT, rescale": (
+        "oft: Diag-OFT, rescale, linear", "oft: Diag-OFT, rescale, conv2d",
+        "oft: Diag-OFT, rescale alone, linear", "oft: Diag-OFT, rescale alone, conv2d",
+    ),
+    "BOFT": ("oft: BOFT, linear", "oft: BOFT, conv2d"),
+    "BOFT, constraint": ("oft: BOFT, constraint, linear", "oft: BOFT, constraint, conv2d"),
+    "BOFT, rescale": ("oft: BOFT, rescale, linear", "oft: BOFT, rescale, conv2d"),
+    "kohya's OFT": (
+        "oft: kohya's OFT, linear", "oft: kohya's OFT, conv2d", "oft_bands: kohya's OFT for Flux, linear",
+        "oft_bands: kohya's OFT of 3, linear", "oft_bands: kohya's OFT of 4, linear",
+    ),
+    "kohya's OFT, constraint": ("oft: kohya's OFT, constraint, linear", "oft: kohya's OFT, constraint, conv2d"),
+    "PEFT's OFTv2": (
+        "oftv2: PEFT OFT, linear", "oftv2: PEFT OFT, conv2d", "oftv2: PEFT OFT, exact, linear",
+        "oftv2: PEFT OFT, exact, conv2d", "oftv2: PEFT OFT, shared block, linear", "oftv2: PEFT OFT, coft, linear",
+        "oftv2: PEFT OFT, coft, conv2d", "oftv2: PEFT OFT, 6 terms, linear",
+    ),
+    "full diff/diff_b": (
+        "full: diff, diff_b, linear", "full: diff, diff_b, conv2d", "full: diff alone", "full: diff_b alone",
+    ),
+    "norms w_norm/b_norm": ("norm: LayerNorm", "norm: GroupNorm", "norm: w_norm alone", "norm: b_norm alone"),
+    "set_weight": ("set: set_weight", "set: set_bias", "set: set_weight, set_bias"),
+}  # fmt: skip
+# Of these there is no weight to compare: what is promised stands in tests/ops/test_fuse_families.py.
+PROMISED_OF_FILES = {
+    "LoKr, a named option for the trainers that mean otherwise":
+        "test_alpha_is_divided_by_the_rank_that_is_named_where_both_factors_of_a_lokr_are_whole",
+    "reshape_weight (BFL control)": "test_a_control_lora_widens_the_input_sets_the_norms_and_moves_the_biases",
+    "bundled textual-inversion embeddings": "test_bundled_embeddings_are_named_and_no_weight_is_changed_by_them",
+}  # fmt: skip
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 every_weight = pytest.mark.parametrize("case", [c for c in CASES if not c.of_bias_alone], ids=lambda case: case.id)
 
@@ -373,6 +549,16 @@ def test_every_family_and_form_is_compared_with_a_reference() -> None:
     }
 
 
+def test_every_form_that_was_promised_has_its_cases() -> None:
+    """Those of the table, word for word: a case that goes, or is given another name, is missed."""
+    ids = [case.id for case in CASES]
+    assert len(ids) == len(set(ids))
+    lost = {form: missing for form, promised in PROMISED.items() if (missing := sorted(set(promised) - set(ids)))}
+    assert lost == {}
+    files = (Path(__file__).parents[1] / "ops" / "test_fuse_families.py").read_text(encoding="utf-8")
+    assert [name for name in PROMISED_OF_FILES.values() if f"def {name}(" not in files] == []
+
+
 @every_source
 @every_case
 def test_a_family_does_to_a_weight_what_its_library_does(case: Case, source: torch.dtype) -> None:
@@ -388,6 +574,15 @@ def test_a_family_does_to_a_weight_what_its_library_does(case: Case, source: tor
             if wanted_bias is not None:
                 assert bias is not None, name
                 close(bias, wanted_bias, allowed)
+
+
+@every_weight
+def test_half_a_strength_is_the_librarys_where_it_means_the_same(case: Case) -> None:
+    """Not of BOFT, DoRA and rescale: see `change`, and the tests of magnitudes below."""
+    made, family = case.made(), family_of(case)
+    if made.half is not None:
+        found = change(family, made.given(torch.float64), made.weight.double(), 0.5)
+        close(found, made.half, TOLERANCE[made.precision])
 
 
 @every_case
@@ -414,8 +609,7 @@ def test_rank_and_shape_follow_from_the_shapes_alone(case: Case) -> None:
     if found is not None:  # PEFT's cores for conv1d have a second, idle axis
         assert found == shape or (family.flat and (found[0], math.prod(found)) == (shape[0], math.prod(shape)))
     assert can_change(family, shapes, shape)
-    if not family.sets:
-        assert not can_change(family, shapes, tuple(n + 1 for n in shape))
+    assert not can_change(family, shapes, tuple(n + 1 for n in shape))
 
 
 @every_weight
@@ -426,7 +620,7 @@ def test_bands_of_rows_are_the_rows_of_the_whole(case: Case) -> None:
         parts, weight = made.given(dtype), made.weight.to(dtype)
         whole = change(family, parts, weight, 0.7)
         if grain_of(family, parts.shapes, shape) == "tensor":
-            assert case.family == "oft" or parts["dora_scale"].shape[:2] == (1, shape[1])
+            assert case.family in ("oft", "oft_bands") or parts["dora_scale"].shape[:2] == (1, shape[1])
             continue
         for height in (1, 5, 7, shape[0]):
             bands = [slice(start, start + height) for start in range(0, shape[0], height)]
@@ -662,11 +856,11 @@ def test_a_lokr_of_two_whole_factors_has_scale_1_unless_the_trainers_rank_is_nam
     parts = Parts({"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(2, 2)}, 3.0, (4, 4))
     family = FAMILIES.get("lokr")
     assert family.scale(parts) == 1.0
-    assert family.scale(replace(parts, full_rank=8)) == 3 / 8
+    assert family.scale(replace(parts, told=Told(full_rank=8))) == 3 / 8
     one = Parts(
         {"lokr_w1": torch.ones(2, 2), "lokr_w2_a": torch.ones(2, 1), "lokr_w2_b": torch.ones(1, 2)}, 3.0, (4, 4)
     )
-    assert family.scale(replace(one, full_rank=8)) == 3.0
+    assert family.scale(replace(one, told=Told(full_rank=8))) == 3.0
 
 
 def test_lycoris_merges_loha_and_lokr_at_the_square_of_their_scale() -> None:
@@ -701,25 +895,9 @@ def test_lora_is_kohyas_merge(kind: str) -> None:
     close(found, made.weight + 0.7 * product * (1.0 / 4), 1e-13)
 
 
-@pytest.mark.parametrize("alpha", [1e-3, 1.0])
-@pytest.mark.parametrize("kind", ["linear", "conv2d"])
-def test_oft_is_kohyas(kind: str, alpha: float) -> None:
-    """sd-scripts, networks/oft.py: ‖Q‖ ≤ alpha·out, W' = Rᵀ W, and at a strength λ with λ(R − I) + I."""
-    seed(f"kohya {kind}")
-    weight = LAYERS[kind](IN, OUT).weight.detach().double()
-    blocks = torch.randn(4, 9, 9).double() * 0.1
-    skew = torch.block_diag(*(blocks - blocks.transpose(1, 2)))
-    skew = skew * min(1.0, alpha * OUT / skew.norm().item())
-    unit = torch.eye(OUT).double()
-    turn = (unit + skew) @ torch.linalg.inv(unit - skew)
-    parts = Parts({"oft_blocks": blocks}, alpha, tuple(weight.shape))
-    for strength in (1.0, 0.6):
-        weaker = strength * (turn - unit) + unit
-        wanted = torch.einsum("oi...,op->pi...", weight, weaker)
-        close(change(FAMILIES.get("oft"), parts, weight, strength), wanted, 1e-12)
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if c.family == "oft" or "exact" in c.name], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if family_of(c).grain == "tensor" or "exact" in c.name], ids=lambda case: case.id
+)
 def test_rotations_keep_lengths(case: Case) -> None:
     if "rescale" in case.name:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ import pytest
 from loras import Maker, convert, named, save
 
 from weightops.errors import FormatError
+from weightops.files.checkpoint import open_checkpoint
+from weightops.lora.adapters import read_adapters, strengths
+from weightops.lora.family import Told
 from weightops.lora.settings import Module, alpha_in, decompose_factor, is_named, peft_config
 
 if TYPE_CHECKING:
@@ -120,6 +124,65 @@ def test_a_header_that_says_nothing_is_refused(text: str, what: str, tmp_path: P
     )
     with pytest.raises(FormatError) as caught:
         convert(source, "kohya", tmp_path / "out.safetensors", architecture="sd15")
+    assert str(caught.value) == f"{source}: {what}"
+
+
+def oft(folder: Path, **config: object) -> Path:
+    """A PEFT folder with an OFT of the second version."""
+    save(folder / "adapter_model.safetensors", {f"{OFT}.oft_R.weight": Maker()(4, 1)})
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "OFT", **config}))
+    return folder
+
+
+OFT = "base_model.model.transformer_blocks.0.attn.to_q"
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({}, Told()),
+        ({"use_cayley_neumann": True, "num_cayley_neumann_terms": 3}, Told(neumann=3)),
+        ({"use_cayley_neumann": False, "num_cayley_neumann_terms": 3}, Told(neumann=None)),
+        ({"coft": True, "eps": 0.5}, Told(coft=0.5)),
+        ({"coft": True}, Told(coft=6e-5)),
+        ({"coft": False, "eps": 0.5}, Told()),
+    ],
+    ids=str,
+)
+def test_how_pefts_oft_turns_is_read_from_its_settings_and_no_other_dialect_can_say_it(
+    config: dict[str, object], told: Told, tmp_path: Path
+) -> None:
+    source = oft(tmp_path / "peft", **config)
+    with open_checkpoint(source) as opened:
+        assert strengths(opened, read_adapters(opened)) == {OFT: (None, told)}
+    if told == Told():
+        convert(source, "kohya", tmp_path / "out.safetensors", architecture="qwen_image")
+        return
+    with pytest.raises(FormatError) as caught:
+        convert(source, "kohya", tmp_path / "out.safetensors", architecture="qwen_image")
+    assert str(caught.value) == (
+        f"{source}: {OFT!r} is turned as PEFT's settings say (use_cayley_neumann, num_cayley_neumann_terms, coft), "
+        "and no tensor can"
+    )
+    assert caught.value.hint == "fuse follows them"
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"num_cayley_neumann_terms": 0}, "num_cayley_neumann_terms is 0, expected 1 to 1000"),
+        ({"num_cayley_neumann_terms": 10**9}, "num_cayley_neumann_terms is 1000000000, expected 1 to 1000"),
+        ({"num_cayley_neumann_terms": True}, "num_cayley_neumann_terms is True, expected 1 to 1000"),
+        ({"eps": "much"}, "eps is 'much', expected a number above 0"),
+        ({"eps": -1}, "eps is -1, expected a number above 0"),
+        ({"eps": math.nan}, "eps is nan, expected a number above 0"),
+    ],
+    ids=str,
+)
+def test_settings_of_an_oft_that_mean_nothing_are_refused(config: dict[str, object], what: str, tmp_path: Path) -> None:
+    source = oft(tmp_path / "peft", **config)
+    with open_checkpoint(source) as opened, pytest.raises(FormatError) as caught:
+        strengths(opened, read_adapters(opened))
     assert str(caught.value) == f"{source}: {what}"
 
 

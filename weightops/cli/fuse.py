@@ -18,6 +18,14 @@ from weightops.ops.fuse import fuse
     "--text-encoder", type=float, metavar="X",
     help="The strength of all LoRAs in text encoders, in place of their own; 0 leaves these as they are.",
 )  # fmt: skip
+@click.option(
+    "--undo", metavar="FILE", help="Write this too: with it, unfuse makes the checkpoint again, byte for byte."
+)
+@click.option("--embeddings", metavar="FOLDER", help="Copy embeddings that the LoRAs carry along into a new folder.")
+@click.option(
+    "--lokr-rank", type=int, metavar="N",
+    help="Divide the alpha of LoKr modules of two whole factors by this, as some trainers mean it.",
+)  # fmt: skip
 @click.option("--rounding", type=click.Choice(ROUNDINGS), default="nearest", show_default=True,
               help="stochastic: up or down by chance, so that on average nothing of a weak LoRA is lost.")  # fmt: skip
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Of --rounding stochastic.")

@@ -35,6 +35,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("merge", "Checkpoints", "Two or more models into one, every tensor accounted for."),
     Entry("fuse", "LoRAs", "LoRAs of any family and dialect into a checkpoint."),
     Entry("extract", "LoRAs", "A LoRA out of a finetune and its base."),
+    Entry("unfuse", "LoRAs", "Take fused LoRAs out again, bit for bit."),
     Entry("convert", "Files", "A checkpoint in another layout, dtype or container."),
     Entry("demo", "Start here", "A small real merge, made and checked on the spot."),
 )
@@ -161,8 +162,10 @@ def _usage(error: click.UsageError) -> tuple[str, str | None]:
     hint: str | None = None
     possible = getattr(error, "possibilities", None)
     text = (error.message if possible else error.format_message()).rstrip(".")
-    if isinstance(error, click.BadParameter) and error.param is not None and error.param.opts[0].startswith("-"):
-        text = f"{error.param.opts[-1]}: {error.message.rstrip('.')}"
+    # The message of what is missing is empty.
+    if isinstance(error, click.BadParameter) and not isinstance(error, click.MissingParameter) and error.param:
+        option = error.param.opts[-1]
+        text = f"{option}: {error.message.rstrip('.')}" if option.startswith("-") else text
     if possible:
         hint = f"did you mean {possible[0]}?"
     else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightops.errors import listing, printable, quote
+from weightops.ops.report import modules
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -123,6 +124,7 @@ def report(found: Report, *, verbose: bool) -> None:
         _modules(out, found.details["modules"])
     for text in found.warnings:
         print_warning(text)
+    undo, bundled = found.details.get("undo"), found.details.get("embeddings")
     out.print()
     for entry in found.inputs:
         hashed = f"  {entry['hash']}" if entry["hash"] and verbose else ""
@@ -130,15 +132,25 @@ def report(found: Report, *, verbose: bool) -> None:
         out.print(f"{verb:<7}{printable(entry['path'])}  {size(entry['bytes'])}{hashed}", soft_wrap=True)
     if found.dry_run:
         out.print(f"would write {printable(found.output or '')}  {size(found.bytes_written)}", soft_wrap=True)
+        if undo is not None:
+            most = size(undo["bytes_written"])
+            out.print(f"would write {printable(undo['output'])}  at most {most}", soft_wrap=True)
+        if bundled is not None:
+            out.print(f"would write {printable(bundled['output'])}  {size(bundled['bytes_written'])}", soft_wrap=True)
         return
     out.print(f"wrote  {printable(found.output or '')}  {size(found.bytes_written)}", style="green", soft_wrap=True)
+    if undo is not None:
+        out.print(f"wrote  {printable(undo['output'])}  {size(undo['bytes_written'])}", style="green", soft_wrap=True)
+    if bundled is not None:
+        wrote = f"wrote  {printable(bundled['output'])}  {size(bundled['bytes_written'])}"
+        out.print(wrote, style="green", soft_wrap=True)
     speed = size((found.bytes_read + found.bytes_written) / max(found.seconds, 1e-9))
     peak = f", peak memory {found.peak_memory_bytes / 2**20:.0f} MiB" if found.peak_memory_bytes else ""
     out.print(f"       {found.seconds:.2f} s, {speed}/s{peak}", style="dim")
     if found.verified is not None:
         v = found.verified
         if "modules" in v:
-            said = f"the error of {v['modules']} modules is as computed, within {v['largest_difference']:.1e}"
+            said = f"the error of {modules(v['modules'])} is as computed, within {v['largest_difference']:.1e}"
         else:
             said = f"{v['blocks']} samples, {v['values']:,} values, at most {v['largest_ulp']:.2f} ulp from float64"
         out.print(f"       verified: {said}")
@@ -147,12 +159,12 @@ def report(found: Report, *, verbose: bool) -> None:
                   f"byte for byte")  # fmt: skip
 
 
-def _modules(out: Console, modules: Sequence[Mapping[str, Any]]) -> None:
+def _modules(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """What a verb has to say of each module, a column for each field."""
     out.print()
-    fields = list(modules[0])
+    fields = list(rows[0])
     drawn = table("module", *(f.replace("_", " ") for f in fields[1:]), right=tuple(range(1, len(fields))))
-    for module in modules:
+    for module in rows:
         values = (module[f] for f in fields[1:])
         shown = ("-" if v is None else v if isinstance(v, str) else f"{v:.4g}" for v in values)
         drawn.add_row(printable(module["name"]), *shown)
@@ -199,7 +211,8 @@ def inspection(found: Inspection, *, verbose: bool) -> None:
         out.print()
         drawn = table("metadata", "")
         for key, value in found.metadata.items():
-            words = recipe_words(value) if key == "weightops" and not verbose else None
+            known = {"weightops": recipe_words, "weightops-undo": undo_words}.get(key)
+            words = known(value) if known is not None and not verbose else None
             drawn.add_row(folded(key, verbose), folded(words or value, verbose))
         out.print(drawn)
     if found.left_out:
@@ -255,12 +268,12 @@ def _lora_words(found: Inspection, lora: Mapping[str, Any]) -> list[str]:
     elif not found.architecture and lora["dialect"] != "cloneofsimo":
         words.append("of no known model")
     words += [", ".join(lora["dialects"])] if lora["dialects"] else [lora["dialect"]] if lora["dialect"] else []
-    modules = f"{lora['modules']:,} module{'' if lora['modules'] == 1 else 's'}"
+    count = modules(lora["modules"])
     if lora["families"]:
         words.append(_counted(lora["families"], lora["modules"]))
-    words.append(_sizes("rank", lora["ranks"], lora["modules"]) or modules)
+    words.append(_sizes("rank", lora["ranks"], lora["modules"]) or count)
     if lora["ranks"]:
-        words[-1] = words[-1] if "(" in words[-1] else f"{words[-1]} ({modules})"
+        words[-1] = words[-1] if "(" in words[-1] else f"{words[-1]} ({count})"
         words.append(_sizes("alpha", lora["alphas"], lora["modules"]) or "no alpha")
     if lora["targets"]:
         words.append(", ".join(f"{name} {count:,}" for name, count in lora["targets"].items()))
@@ -341,6 +354,9 @@ def recipe_words(text: str) -> str | None:
             base, *loras = (str(entry["name"]) for entry in recipe["inputs"])
             added = "".join(f" + {float(s):g} × {n}" for s, n in zip(recipe["strengths"], loras, strict=True))
             return f"fuse, {base}{added} (weightops {recipe['version']})"
+        if recipe["command"] == "extract":
+            tuned, base = (entry["name"] for entry in recipe["inputs"])
+            return f"extract, {tuned} − {base}, rank {recipe['rank']} (weightops {recipe['version']})"
         if recipe["command"] == "convert":
             to = f", to {recipe['to']}" if "to" in recipe else ""
             return f"convert of {names}{to}, dtype {recipe['dtype']} (weightops {recipe['version']})"
@@ -350,6 +366,15 @@ def recipe_words(text: str) -> str | None:
         )
         return f"{recipe['command']}, {recipe['method']} of {names}; {settings} (weightops {recipe['version']})"
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def undo_words(text: str) -> str | None:
+    """What an undo file is for, or None where it is none: it comes from a file, and may hold anything."""
+    try:
+        said: Any = json.loads(text)
+        return f"of {said['fused']['name']}: unfuse makes it {said['original']['name']} again"
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

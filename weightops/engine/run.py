@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from weightops.engine.budget import Budget, Cancelled
 from weightops.engine.buffers import Buffers
@@ -49,7 +49,10 @@ def ignore(done: int, total: int) -> None:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a run did: bytes, seconds, chunks, the hash of what was read of each source, a scan's values by task."""
+    """What a run did: bytes, seconds, chunks, the hash of what was read of each source, a scan's values by task.
+
+    leaves: of each source, what its hash is made of.
+    """
 
     seconds: float = 0.0
     bytes_read: int = 0
@@ -57,7 +60,18 @@ class Outcome:
     chunks: int = 0
     peak_in_flight: int = 0
     hashes: list[str] = field(default_factory=list)
+    leaves: list[Leaves] = field(default_factory=list)
     values: dict[int, list[Any]] = field(default_factory=dict)
+
+
+class Beside(Protocol):
+    """Another file that belongs to the output, and appears just before it: of a run that fails, neither is there."""
+
+    def commit(self, outcome: Outcome) -> None:
+        """Let it appear, whole. The output is on the disk by then, and has no name yet."""
+
+    def withdraw(self) -> None:
+        """Take it away again, if it has appeared: the output has not."""
 
 
 def usable_cores() -> int:
@@ -76,6 +90,7 @@ def run(
     threads: int | None = None,
     force: bool = False,
     on_progress: Progress = ignore,
+    beside: Beside | None = None,
 ) -> Outcome:
     """Carry out `plan`; with outputs, the file or folder `output` appears whole or not at all.
 
@@ -91,7 +106,12 @@ def run(
         for source in plan.sources:
             source.check_unchanged()
         if writer is not None:
-            outcome.bytes_written = writer.commit(*plan.file_metadata(outcome.hashes))
+            beforehand = None if beside is None else lambda: beside.commit(outcome)
+            outcome.bytes_written = writer.commit(*plan.file_metadata(outcome.hashes), beforehand=beforehand)
+    except BaseException:
+        if beside is not None and (writer is None or not writer.published):
+            beside.withdraw()
+        raise
     finally:
         if writer is not None:
             writer.close()
@@ -105,8 +125,9 @@ def _open_writer(plan: Plan, output: Path | None, *, force: bool) -> Safetensors
     inputs = [file for source in plan.sources for file in source.files]
     if not plan.files:
         return SafetensorsWriter(
-            output, plan.outputs, metadata[0], data_hashes=plan.data_hashes, force=force, inputs=inputs
-        )
+            output, plan.outputs, metadata[0], data_hashes=plan.data_hashes, header=plan.header,
+            force=force, inputs=inputs,
+        )  # fmt: skip
     return FolderWriter(
         output, plan.outputs, plan.files, metadata, extras=plan.extras, data_hashes=plan.data_hashes,
         force=force, inputs=inputs,
@@ -181,7 +202,8 @@ class _Run:
             bytes_read=self.bytes_read,
             chunks=self.chunks,
             peak_in_flight=self.kept + self.budget.peak if self.chunks else 0,
-            hashes=[_hash_of(leaves) for leaves in self.leaves],
+            hashes=[hash_of(leaves) for leaves in self.leaves],
+            leaves=self.leaves,
             values={n: [found[i] for i in sorted(found)] for n, found in self.values.items()},
         )
 
@@ -384,7 +406,7 @@ def _nbytes(span: tuple[int, int]) -> int:
     return span[1] - span[0]
 
 
-def _hash_of(leaves: Leaves) -> str:
+def hash_of(leaves: Leaves) -> str:
     """One hash of all that was read of a source, in the order of keys and positions.
 
     XXH3-128 over (key, position, XXH3-128 of the block's bytes); a block's height follows from its tensor's shape.

@@ -34,7 +34,7 @@ from weightops.files.writer import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from weightops.files.source import ByteSource
     from weightops.files.tensor import Slot, TensorSpec
@@ -164,6 +164,7 @@ class FolderWriter:
         self.path = Path(path)
         self.label = str(path)
         self.force = force
+        self.published = False
         self._files = safetensors_files(self.path, specs, files, metadata, data_hashes or {})
         self._places = {
             key: (content, name)
@@ -277,10 +278,11 @@ class FolderWriter:
 
     # ------------------------------------------------------------------ after the work
 
-    def commit(self, *metadata: Mapping[str, str]) -> int:
+    def commit(self, *metadata: Mapping[str, str], beforehand: Callable[[], None] | None = None) -> int:
         """Write the final headers, one for each file, let the folder appear, and return the bytes of all its files.
 
-        Raises OutputError. A header with this metadata must be as long as the first one.
+        Raises OutputError. A header with this metadata must be as long as the first one. beforehand: what is to be
+        done when all is on the disk, just before the folder appears.
         """
         assert self._part is not None
         for content, texts in zip(self._files, metadata, strict=True):
@@ -288,6 +290,8 @@ class FolderWriter:
             content.file.close()  # Windows renames no folder in which a file is open
         for folder in {parent for path in self._paths for parent in PurePosixPath(path).parents}:
             sync_folder(self._part / folder)
+        if beforehand is not None:
+            beforehand()
         replaced: list[Path] = []
         with uninterrupted():
             try:
@@ -296,7 +300,7 @@ class FolderWriter:
                 if not self.force and os.path.lexists(self.path):
                     raise appeared(self.label) from None
                 raise self._failed(e, "cannot be put in place") from None
-            self._part = None
+            self._part, self.published = None, True
             sync_folder(self.path.parent)
             for old in replaced:
                 self._remove(old)

@@ -360,11 +360,16 @@ def _dims(shape: Sequence[int]) -> str:
 
 def layout(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, int]]:
     """Begin and end of each tensor, relative to the data, in the library's order: dtype descending, then name."""
+    return in_order({name: specs[name] for name in sorted(specs, key=lambda n: (-ORDER[specs[n].dtype], n))})
+
+
+def in_order(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, int]]:
+    """Begin and end of each tensor, relative to the data, one after the other as they stand here."""
     position = 0
     offsets: dict[str, tuple[int, int]] = {}
-    for name in sorted(specs, key=lambda n: (-ORDER[specs[n].dtype], n)):
-        offsets[name] = (position, position + specs[name].nbytes)
-        position += specs[name].nbytes
+    for name, spec in specs.items():
+        offsets[name] = (position, position + spec.nbytes)
+        position += spec.nbytes
     return offsets
 
 

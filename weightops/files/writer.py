@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightops.errors import OutputError
-from weightops.files.header import encode_header, layout
+from weightops.files.header import encode_header, in_order, layout
 from weightops.files.source import ByteSource, LocalFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from weightops.files.tensor import Slot, TensorSpec
 
@@ -121,15 +121,23 @@ class PositionalFile:
         buffer = memoryview(bytearray(min(_HASH_NBYTES, max(self.size - start, 1))))
         while start < self.size:
             part = buffer[: self.size - start]
-            try:
-                got = self._read_some(start, part)
-            except OSError as e:
-                raise self.failed(e, f"cannot be read back at byte {start:,}") from None
-            if got == 0:
-                raise OutputError(self.label, f"ends at byte {start:,}, expected {self.size:,}: something cut it")
-            digest.update(part[:got])
-            start += got
+            self.read_into(start, part)
+            digest.update(part)
+            start += len(part)
         return digest.hexdigest()
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Fill all of `out` from `start` on with what was written there. Raises OutputError."""
+        done = 0
+        while done < len(out):
+            try:
+                got = self._read_some(start + done, out[done:])
+            except OSError as e:
+                raise self.failed(e, f"cannot be read back at byte {start + done:,}") from None
+            if got == 0:
+                what = f"ends at byte {start + done:,}, expected {self.size:,}: something cut it"
+                raise OutputError(self.label, what)
+            done += got
 
     def _read_some(self, start: int, out: memoryview) -> int:
         if hasattr(os, "preadv"):
@@ -161,19 +169,28 @@ class SafetensorsFile:
     """What stands in a safetensors file, whatever its name will be: the header, and each tensor at its place.
 
     data_hashes: keys of the metadata, and the format of each, for the SHA-256 of all that follows the header.
+    header: the first bytes as they stand, for tensors that follow in the order of `specs`; empty: the library's.
     """
 
     def __init__(
-        self, label: str, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], data_hashes: Mapping[str, str]
+        self,
+        label: str,
+        specs: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str],
+        data_hashes: Mapping[str, str],
+        header: bytes = b"",
     ) -> None:
         self._specs = dict(specs)
         self._data_hashes = data_hashes
-        self._offsets = layout(specs)
+        self._verbatim = header
+        self._offsets = in_order(specs) if header else layout(specs)
         self._header = self._encode(metadata, _NO_SHA256)
         self.size = len(self._header) + sum(spec.nbytes for spec in specs.values())
         self.file = PositionalFile(label, self.size)
 
     def _encode(self, metadata: Mapping[str, str], sha256: str) -> bytes:
+        if self._verbatim:
+            return self._verbatim
         hashes = {key: form.format(sha256) for key, form in self._data_hashes.items()}
         return encode_header(self._specs, {**metadata, **hashes})
 
@@ -203,7 +220,7 @@ class SafetensorsWriter:
 
     specs: the tensors, by name; metadata: text to text. `inputs` are the files being read, which are never
     written: with `force` an input's name may be replaced, in one step, once everything is written.
-    data_hashes: see SafetensorsFile.
+    data_hashes, header: see SafetensorsFile. `published`: the file has its name.
     Raises OutputError, before any work, for what can be known before: an existing file, no room, no permission.
     """
 
@@ -214,13 +231,15 @@ class SafetensorsWriter:
         metadata: Mapping[str, str],
         *,
         data_hashes: Mapping[str, str] | None = None,
+        header: bytes = b"",
         force: bool = False,
         inputs: Sequence[ByteSource] = (),
     ) -> None:
         self.path = Path(path)
         self.label = str(path)
         self.force = force
-        self._tensors = SafetensorsFile(self.label, specs, metadata, data_hashes or {})
+        self.published = False
+        self._tensors = SafetensorsFile(self.label, specs, metadata, data_hashes or {}, header)
         self._file = self._tensors.file
         self.size = self._tensors.size
         check_target(self.path, self.size, force=force, inputs=inputs)
@@ -293,15 +312,19 @@ class SafetensorsWriter:
 
     # ------------------------------------------------------------------ after the work
 
-    def commit(self, metadata: Mapping[str, str]) -> int:
+    def commit(self, metadata: Mapping[str, str], *, beforehand: Callable[[], None] | None = None) -> int:
         """Write the final header, let the file appear under its name, and return its size in bytes.
 
-        Raises OutputError. The header with this metadata must be as long as the first one.
+        Raises OutputError. The header with this metadata must be as long as the first one. beforehand: what is to be
+        done when all is on the disk, just before the file appears.
         """
         self._tensors.finish(metadata)
+        if beforehand is not None:
+            beforehand()
         with uninterrupted():
             try:
                 self._publish()
+                self.published = True
             except FileExistsError:
                 raise appeared(self.label) from None
             except OSError as e:
@@ -338,18 +361,19 @@ class SafetensorsWriter:
 
 def part_name(path: Path, suffix: str = PART_SUFFIX) -> Path:
     """A hidden name beside the target, which nothing bears yet."""
-    return path.with_name(f"{_hidden_start(path)}{secrets.token_hex(4)}{suffix}")
+    return path.with_name(f"{hidden_start(path)}{secrets.token_hex(4)}{suffix}")
 
 
 def hidden_beside(path: Path, suffix: str) -> list[Path]:
     """What bears a name of this kind beside the target; none where that cannot be seen."""
-    start = _hidden_start(path)
+    start = hidden_start(path)
     with contextlib.suppress(OSError, ValueError), os.scandir(path.parent) as entries:
         return [Path(e.path) for e in entries if e.name.startswith(start) and e.name.endswith(suffix)]
     return []
 
 
-def _hidden_start(path: Path) -> str:
+def hidden_start(path: Path) -> str:
+    """How the names of what is hidden beside the target begin."""
     return f".{path.name[:40]}."  # a name may have 255 bytes, four for a character
 
 

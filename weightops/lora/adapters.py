@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weightops.errors import FormatError, MismatchError, listing, quote
 from weightops.files.source import read
 from weightops.lora.dialects import Beginning, beginning_of, ending_of
-from weightops.lora.family import FAMILIES, MODIFIERS, Family
-from weightops.lora.settings import SCALED, alpha_in, read_settings, whole_strength
+from weightops.lora.family import FAMILIES, MODIFIERS, Family, Told
+from weightops.lora.settings import SCALED, alpha_in, read_settings, rotation, whole_rank
 from weightops.lora.targets import Look, Target, resolve
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class AdapterFile:
 
 def nearest(key: str) -> str:
     """A hint: which known scheme a strange key looks most like."""
-    if key.startswith(("lora_", "lycoris_")) or _MANGLED.search(key):
+    if key.startswith(("lora_", "lycoris_", "oft_unet_")) or _MANGLED.search(key):
         return "kohya's names are nearest: lora_unet_<module>.lora_down.weight, .lora_up.weight and .alpha"
     if ".processor." in key:
         return "diffusers' names to 0.24 are nearest: <module>.processor.to_q_lora.down.weight"
@@ -274,15 +274,10 @@ def _set_weights(found: AdapterFile, tensors: Mapping[str, Target], infos: Mappi
 def _check_shapes(found: AdapterFile, adapter: Adapter) -> None:
     """Factors that cannot be multiplied: the file is refused, but still inspected."""
     shapes = adapter.shapes
-    pairs = {"lora": (("up", 1, "down", 0),), "loha": (("hada_w1_a", 1, "hada_w1_b", 0),)}.get(adapter.family.name, ())
-    for first, axis, second, other in pairs:
-        if adapter.family.form(adapter.keys) is None or "mid" in shapes or "hada_t1" in shapes:
-            continue
-        a, b = shapes[first], shapes[second]
-        if len(a) <= axis or not b or (a[axis] != b[other] and -1 not in (a[axis], b[other])):
-            found.problems.append(
-                Problem(adapter.name, f"has factors that do not meet: {first} {list(a)}, {second} {list(b)}")
-            )
+    form = adapter.family.form(adapter.keys)
+    if form is not None and not adapter.family.meet(shapes):
+        said = ", ".join(f"{part} {list(shapes[part])}" for part in form)
+        found.problems.append(Problem(adapter.name, f"has factors that do not meet: {said}"))
     if adapter.rank == 0:
         found.problems.append(Problem(adapter.name, "has rank 0"))
     for part, shape in shapes.items():
@@ -316,34 +311,55 @@ def read_number(opened: Checkpoint, key: str) -> float:
 def alphas(opened: Checkpoint, found: AdapterFile) -> dict[str, float | None]:
     """Module name -> alpha, so that its strength is alpha / rank; None: it has none, and is as strong as it stands.
 
-    From the alpha tensor, or else from diffusers' header or PEFT's adapter_config.json. Raises FormatError.
+    From the alpha tensor, or else from diffusers' header or PEFT's adapter_config.json. Raises FormatError, also for
+    what settings say and no tensor can.
     """
-    settings = read_settings(opened)
     values: dict[str, float | None] = {}
+    for name, (alpha, told) in strengths(opened, found).items():
+        whole = told.full_rank is not None
+        if whole and alpha not in (None, told.full_rank):
+            raise FormatError(
+                opened.label,
+                f"{quote(name)} has two whole LoKr factors, whose strength is 1 to all but PEFT: "
+                "its settings say otherwise (alpha / r)",
+            )
+        if not whole and told != Told():
+            raise FormatError(
+                opened.label,
+                f"{quote(name)} is turned as PEFT's settings say (use_cayley_neumann, num_cayley_neumann_terms, coft), "
+                "and no tensor can",
+                "fuse follows them",
+            )
+        values[name] = None if whole else alpha
+    return values
+
+
+def strengths(opened: Checkpoint, found: AdapterFile) -> dict[str, tuple[float | None, Told]]:
+    """Module name -> its alpha, and what else settings tell of it, for an arithmetic that follows them."""
+    settings = read_settings(opened)
+    values: dict[str, tuple[float | None, Told]] = {}
     for adapter in found.adapters:
         key = adapter.keys.get("alpha")
         if key is not None:
             if math.prod(adapter.shapes["alpha"]) == 1:
-                values[adapter.name] = read_number(opened, key)
-        elif values.get(adapter.name) is None:
+                values[adapter.name] = read_number(opened, key), Told()
+        elif adapter.name not in values or values[adapter.name] == (None, Told()):
             values[adapter.name] = _from_settings(adapter, settings, opened.label)
     return values
 
 
-def _from_settings(adapter: Adapter, settings: Mapping[str, Mapping[str, Any]], label: str) -> float | None:
+def _from_settings(
+    adapter: Adapter, settings: Mapping[str, Mapping[str, Any]], label: str
+) -> tuple[float | None, Told]:
     config = settings.get(adapter.beginning.text.partition(".")[0])
     if adapter.beginning.dialect in ("peft", "bare") and config is None:
         config = settings.get("")
+    if config is not None and adapter.family.name == "oftv2":
+        return None, rotation(config, label)
     if config is None or adapter.family.name not in SCALED:
-        return None
-    rank = adapter.rank
-    if rank is not None:
-        return alpha_in(config, adapter.body, rank, label)
+        return None, Told()
+    if adapter.rank is not None:
+        return alpha_in(config, adapter.body, adapter.rank, label), Told()
     # Whole factors of LoKr: PEFT alone divides alpha by a rank that they do not have.
-    if whole_strength(config, adapter.body, label) != 1.0:
-        raise FormatError(
-            label,
-            f"{quote(adapter.name)} has two whole LoKr factors, whose strength is 1 to all but PEFT: "
-            "its settings say otherwise (alpha / r)",
-        )
-    return None
+    rank = whole_rank(config, adapter.body, label)
+    return (None, Told()) if rank is None else (alpha_in(config, adapter.body, 1, label), Told(full_rank=rank))

@@ -26,6 +26,7 @@ class Beginning(NamedTuple):
 BEGINNINGS: tuple[Beginning, ...] = (
     Beginning("lora_unet__", MODEL, True, "kohya"),  # Wan-Fun: the name's own beginning, flattened
     Beginning("lora_unet_", MODEL, True, "kohya"),
+    Beginning("oft_unet_", MODEL, True, "kohya"),  # sd-scripts' networks/oft.py and oft_flux.py
     Beginning("lora_transformer_", MODEL, True, "onetrainer"),
     Beginning("lora_te1_", "te1", True, "kohya"),
     Beginning("lora_te2_", "te2", True, "kohya"),
@@ -145,6 +146,10 @@ ENDINGS: tuple[Ending, ...] = (
     Ending(".b1.weight", "b1", "lycoris"),
     Ending(".b2.weight", "b2", "lycoris"),
     Ending(".oft_blocks", "oft_blocks", "lycoris"),
+    Ending(".oft_blocks.0", "oft_blocks.0", "kohya"),  # for Flux, each of a packed module's bands its own
+    Ending(".oft_blocks.1", "oft_blocks.1", "kohya"),
+    Ending(".oft_blocks.2", "oft_blocks.2", "kohya"),
+    Ending(".oft_blocks.3", "oft_blocks.3", "kohya"),
     Ending(".rescale", "rescale", "lycoris"),
     Ending(".on_input", "on_input", "lycoris"),
     Ending(".diff", "diff", "lycoris"),
@@ -218,6 +223,10 @@ _LYCORIS = {
     "b1": ".b1.weight",
     "b2": ".b2.weight",
     "oft_blocks": ".oft_blocks",
+    "oft_blocks.0": ".oft_blocks.0",
+    "oft_blocks.1": ".oft_blocks.1",
+    "oft_blocks.2": ".oft_blocks.2",
+    "oft_blocks.3": ".oft_blocks.3",
     "oft_R": ".oft_R.weight",
     "rescale": ".rescale",
     "ia3": ".weight",

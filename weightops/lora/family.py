@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from weightops.errors import MismatchError
 from weightops.registry import Registry
@@ -25,21 +25,30 @@ Grain = Literal["rows", "tensor"]
 MODIFIERS = ("alpha", "dora_scale")
 
 
+class Told(NamedTuple):
+    """What no tensor tells of a module, and a trainer's settings do.
+
+    full_rank: by which alpha is divided where a LoKr has two whole factors (PEFT); None: such a LoKr is as strong as it
+    stands (LyCORIS, ComfyUI, diffusers). neumann: the terms of OFTv2's Cayley-Neumann series; None: the exact transform
+    (PEFT with use_cayley_neumann=False). coft: the length that PEFT's constrained OFT allows, shared out to the blocks.
+    """
+
+    full_rank: int | None = None
+    neumann: int | None = 5
+    coft: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """The tensors of one adapter's module, all in float32 or all in float64, and what else its arithmetic asks for.
 
-    alpha: as the file says it; None: it says none. shape: of the changed weight. What no tensor tells, and a trainer's
-    settings do: full_rank, by which alpha is divided where a LoKr has two whole factors (PEFT); None: such a LoKr is as
-    strong as it stands (LyCORIS, ComfyUI, diffusers). neumann: the terms of OFTv2's Cayley-Neumann series; None: the
-    exact transform (PEFT with use_cayley_neumann=False).
+    alpha: as the file says it; None: it says none. shape: of the changed weight.
     """
 
     tensors: Mapping[str, Tensor]
     alpha: float | None
     shape: Shape
-    full_rank: int | None = None
-    neumann: int | None = 5
+    told: Told = field(default_factory=Told)
 
     def __getitem__(self, part: str) -> Tensor:
         return self.tensors[part]
@@ -57,11 +66,12 @@ class Family:
     """A way to write a change of one weight as a few tensors, its parts.
 
     What the shapes say. forms: each a set of parts that makes the module whole; the largest that is there counts.
-    optional: parts that may stand beside any of them. rank: None where the family has none. shape: of the weight that
-    is changed, None where the parts do not tell. fits: may the parts change a weight of this shape? rows: parts whose
-    axis 0 are the weight's rows, so that a packed weight's bands are theirs; empty: cannot be cut. uniform_rows: these
-    parts stand for several rows each (LoKr's first factor: all rows are its rows times a number). flat: a matrix may be
-    a convolution's kernel, flattened to [out, in·k·k]. of_bias: parts that change the bias and not the weight.
+    optional: parts that may stand beside any of them. meet: can the parts of a form be multiplied? rank: None where the
+    family has none. shape: of the weight that is changed, None where the parts do not tell. fits: may the parts change
+    a weight of this shape? rows: parts whose axis 0 are the weight's rows, so that a packed weight's bands are theirs;
+    empty: cannot be cut. uniform_rows: these parts stand for several rows each (LoKr's first factor: all rows are its
+    rows times a number). flat: a matrix may be a convolution's kernel, flattened to [out, in·k·k]. of_bias: parts that
+    change the bias and not the weight.
 
     What they do, at strength 1. scale: what ΔW is multiplied by: alpha / rank, by this family's convention. Either
     delta: rows of ΔW, [rows, …], of which no others are computed; or apply: the same rows of W to those of W', where
@@ -73,6 +83,7 @@ class Family:
     name: str
     forms: tuple[tuple[str, ...], ...]
     optional: tuple[str, ...] = ()
+    meet: Callable[[Shapes], bool] = lambda shapes: True
     rank: Callable[[Shapes], int | None] = lambda shapes: None
     shape: Callable[[Shapes], Shape | None] = lambda shapes: None
     fits: Callable[[Shapes, Shape], bool] | None = None
@@ -112,22 +123,38 @@ FAMILIES: Registry[Family] = Registry("adapter family", "weightops.lora.families
 
 def can_change(family: Family, shapes: Shapes, shape: Shape) -> bool:
     """May an adapter of these shapes change a weight of this one? A matrix and a 1×1 kernel are the same."""
-    if family.sets:
-        return True
-    if any(math.prod(shapes[part]) != shape[0] for part in family.of_bias if part in shapes):
-        return False
-    if not family.changes_weight(shapes):
-        return True
-    if "dora_scale" in shapes and _counts_inputs(shapes["dora_scale"], shape) is None:
-        return False
-    if family.fits is not None:
-        return family.fits(shapes, shape)
+    return changed_shape(family, shapes, shape) is not None
+
+
+def changed_shape(family: Family, shapes: Shapes, shape: Shape) -> Shape | None:
+    """The shape of a weight when an adapter of these shapes has changed it; None: it cannot.
+
+    It is another one, wider, only where the adapter sets the weight or says that it is for a wider one.
+    """
     found = family.shape(shapes)
+    rows = found[0] if found and family.sets else shape[0] if shape else 1
+    if any(math.prod(shapes[part]) != rows for part in family.of_bias if part in shapes):
+        return None
+    if not family.changes_weight(shapes):
+        return shape
+    if "dora_scale" in shapes and _counts_inputs(shapes["dora_scale"], shape) is None:
+        return None
+    if family.fits is not None:
+        return shape if family.fits(shapes, shape) else None
     if found is None:
+        return None
+    if _alike(found, shape):
+        return shape
+    says = family.sets or "reshape_weight" in shapes
+    wider = len(found) == len(shape) and all(wide >= narrow for wide, narrow in zip(found, shape, strict=True))
+    return found if says and wider else None
+
+
+def _alike(found: Shape, shape: Shape) -> bool:
+    """The same axes, but for those of 1; or a kernel flattened."""
+    if found[:1] != shape[:1] or math.prod(found) != math.prod(shape):
         return False
-    if "reshape_weight" in shapes:
-        return len(found) == len(shape) and all(wide >= narrow for wide, narrow in zip(found, shape, strict=True))
-    return found[:1] == shape[:1] and math.prod(found) == math.prod(shape)
+    return len(found) == 2 or [n for n in found[1:] if n != 1] == [n for n in shape[1:] if n != 1]
 
 
 def grain_of(family: Family, shapes: Shapes, shape: Shape) -> Grain:
@@ -135,6 +162,11 @@ def grain_of(family: Family, shapes: Shapes, shape: Shape) -> Grain:
     if "dora_scale" in shapes and _counts_inputs(shapes["dora_scale"], shape):
         return "tensor"
     return family.grain
+
+
+def same(a: int, b: int) -> bool:
+    """Of two axes; a list of names may leave one open, −1."""
+    return a == b or -1 in (a, b)
 
 
 def over_rank(alpha: float | None, rank: int | None) -> float:
@@ -154,8 +186,8 @@ def change(family: Family, parts: Parts, weight: Tensor, strength: float, rows: 
 
     Additive families: W + λ·ΔW. With a magnitude (DoRA), and where the change depends on W (OFT, IA3, GLoRA, set):
     W + λ·(W' − W), with W' at strength 1. That is IA3's, GLoRA's and Diag-OFT's own meaning of a strength. It is not
-    LyCORIS' of BOFT (each of its stages is moved towards I, so that the result is no orthogonal turn either), and of
-    DoRA (V·(λ(m/‖V‖ − 1) + 1), which is W + ΔW, and not W, at 0).
+    LyCORIS' of BOFT (each of its stages is moved towards I, so that the result is no orthogonal turn either), of
+    rescale (which it applies in full, even at 0), and of DoRA (V·(λ(m/‖V‖ − 1) + 1), which is W + ΔW, and not W, at 0).
     Where the adapter is wider than W (reshape_weight, set), W is padded with zeros first.
     Raises MismatchError where the shapes do not fit.
 

@@ -127,7 +127,9 @@ def take_apart(
             parts = swapped_halves(parts, family, adapter.name, rows, label)
         return [Piece(component, target.names[0], family, parts, alpha, adapter.name, adapter.keys.get("alpha"))]
     if rows is None or "reshape_weight" in parts:
-        raise MismatchError(label, f"{quote(adapter.name)} is a {adapter.label}, which cannot be taken apart by rows", _WHOLE)
+        raise MismatchError(
+            label, f"{quote(adapter.name)} is a {adapter.label}, which cannot be taken apart by rows", _WHOLE
+        )
     bands = heights(target.rule, rows, features)
     if bands is None:
         raise MismatchError(

@@ -12,6 +12,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightops.errors import FormatError, quote
+from weightops.lora.family import Told
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,9 @@ FILE = "adapter_config.json"
 
 # PEFT's families whose strength is alpha / rank.
 SCALED = ("lora", "loha", "lokr")
+
+# Of a series, which is within a float32 of its limit long before.
+MOST_TERMS = 1000
 
 # ------------------------------------------------------------------------------------------------ reading
 
@@ -69,16 +73,24 @@ def alpha_in(config: Mapping[str, Any], module: str, rank: int, label: str) -> f
     return number * math.sqrt(rank) if config.get("use_rslora") is True else number
 
 
-def whole_strength(config: Mapping[str, Any], module: str, label: str) -> float:
-    """PEFT's strength of a LoKr of two whole factors, whose rank stands in the configuration alone."""
+def whole_rank(config: Mapping[str, Any], module: str, label: str) -> int | None:
+    """PEFT's rank of a LoKr of two whole factors, which stands in the configuration alone."""
     rank = config.get("r")
     patterns = config.get("rank_pattern")
     if isinstance(patterns, dict):
         rank = next((value for key, value in patterns.items() if is_named(module, key, label)), rank)
-    alpha = alpha_in(config, module, 1, label)
-    if alpha is None or not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        return 1.0
-    return alpha / rank
+    return rank if isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 else None
+
+
+def rotation(config: Mapping[str, Any], label: str) -> Told:
+    """How PEFT's second OFT makes rotations of its tensors. Raises FormatError for a number that is none."""
+    terms, length = config.get("num_cayley_neumann_terms", 5), config.get("eps", 6e-5)
+    if not isinstance(terms, int) or isinstance(terms, bool) or not 1 <= terms <= MOST_TERMS:
+        raise FormatError(label, f"num_cayley_neumann_terms is {quote(terms)}, expected 1 to {MOST_TERMS}")
+    if isinstance(length, bool) or not isinstance(length, int | float) or not 0 < length < math.inf:
+        raise FormatError(label, f"eps is {quote(length)}, expected a number above 0")
+    series = config.get("use_cayley_neumann", True) is not False
+    return Told(neumann=terms if series else None, coft=float(length) if config.get("coft") is True else None)
 
 
 # What may stand in a pattern: names, alternatives, a few stretches of anything. Nothing that could take for ever.

@@ -326,9 +326,11 @@ def _components(
     return {key: found[key] for key in tensors}
 
 
-# Names that stand beside weights whose values mean nothing without them. Source: ComfyUI (scaled fp8), bitsandbytes.
+# Names that stand beside weights whose values mean nothing without them. Source: ComfyUI (scaled fp8), bitsandbytes,
+# transformers (fp8 in blocks), quanto, GPTQ and AWQ, nunchaku.
 _SCALES = re.compile(
-    r"(^|\.)(scaled_fp8|scale_weight|scale_input|(weight|input)_scale(_2)?|absmax|quant_state\..+|quant_map|SCB)$"
+    r"(^|\.)(scaled_fp8|scale_weight|scale_input|(weight|input)_scale(_2)?|absmax|quant_state\..+|quant_map|SCB"
+    r"|weight_scale_inv|weight\._(data|scale)|qweight|qzeros|wscales)$"
 )
 
 

@@ -9,12 +9,14 @@ from weightops.merging.method import WORKING_VALUES, store
 from weightops.merging.rounding import generator_for, store_stochastic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from types import EllipsisType
 
     import torch
     from torch import Tensor
 
-    from weightops.lora.family import Family, Parts
+    from weightops.lora.family import Family, Parts, Told
+    from weightops.lora.pieces import Bands
     from weightops.plan import Block
 
 # Values of a weight that are changed at a stroke: larger bands leave the cache between one operation and the next.
@@ -29,7 +31,9 @@ class Change:
     """One adapter's change of a band of a weight, or of a bias.
 
     parts: names, in the order of the task's inputs after the weight. cut: those of which a block's own rows come; the
-    others come whole. columns: of the parts that are some columns of what is read. shape: of the whole weight.
+    others come whole. columns: of the parts that are some columns of what is read. shape: of the whole weight that the
+    parts describe. window: the weight's own rows of that one, if it is one of several. frame: so many further inputs
+    are, stacked, that whole weight as it was, for where its rows depend on each other.
     """
 
     family: Family
@@ -37,9 +41,16 @@ class Change:
     cut: frozenset[str]
     columns: dict[str, tuple[int, int]]
     alpha: float | None
+    told: Told
     strength: float
     shape: tuple[int, ...]
     of_bias: bool
+    window: Bands | None = None
+    frame: int = 0
+
+    @property
+    def count(self) -> int:
+        return len(self.parts) + self.frame
 
 
 class Survival(NamedTuple):
@@ -54,51 +65,69 @@ class Survival(NamedTuple):
 
 
 def fused(
-    changes: Sequence[Change], *, name: str, seed: int | None, other: str | None, whole: bool, transposed: bool = False
-) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], Any]:
+    changes: Sequence[Change], *, name: str, seed: int | None, other: str | None, whole: bool, transposed: bool = False,
+    scaled: bool = False,
+) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], Any]:  # fmt: skip
     """The compute function: inputs are the weight's rows and then each change's parts.
 
     seed: of stochastic rounding, None for nearest. other: a dtype to try where little survives. whole: a block is
-    changed at one stroke, for rows depend on each other; else in bands that stay in the cache.
+    changed at one stroke, for rows depend on each other; else in bands that stay in the cache. scaled: the weight is
+    codes, whose one scale is the next input.
     """
 
     def compute(inputs: Sequence[Tensor], outputs: Sequence[Tensor], block: Block) -> Survival:
         import torch
 
-        given, out = inputs[0], outputs[0]
+        given, out, parts = inputs[0], outputs[0], inputs[2 if scaled else 1 :]
         # float32's own sums would be off by units in the last place of a float32 result.
         wide = torch.float64 if {given.dtype, out.dtype} & {torch.float32, torch.float64} else torch.float32
         generator = None if seed is None else generator_for(seed, name, block.number, out.device)
-        shared = [None if p in c.cut else t.to(wide) for (c, p), t in zip(_flat(changes), inputs[1:], strict=True)]
-        rows = len(given) if given.ndim else 1
-        step = rows if whole or transposed else max(1, BAND_VALUES * rows // max(given.numel(), 1))
+        scale = inputs[1].to(wide).reshape(()) if scaled else None
         found = []
-        for start in range(0, rows, max(step, 1)):
-            band = slice(start, start + step) if step < rows else slice(None)
-            weight = (given if step >= rows else given[band]).to(wide)
-            parts = [_own(t, band, wide) if s is None else s for t, s in zip(inputs[1:], shared, strict=True)]
-            result = _changed(changes, weight.T if transposed else weight, parts, block.start + start)
-            result = result.T.contiguous() if transposed else result
-            written = out if step >= rows else out[band]
+        for band, weight, result in changed_bands(
+            changes, given, parts, wide=wide, start=block.start, whole=whole, transposed=transposed, scale=scale
+        ):
+            written = out[band]
             if generator is None:
                 store(result, written)
             else:
                 store_stochastic(result, written, generator)
             found.append(survival(weight, result, written, other))
-        return _together(found)
+        return together(found)
 
     return compute
 
 
+def changed_bands(
+    changes: Sequence[Change], given: Tensor, parts: Sequence[Tensor], *, wide: torch.dtype, start: int, whole: bool,
+    transposed: bool = False, scale: Tensor | None = None,
+) -> Iterator[tuple[slice | EllipsisType, Tensor, Tensor]]:  # fmt: skip
+    """W and W + Σ in the dtype `wide`, some rows at a time and which these are; the first is row `start` of W.
+
+    Without changes, W + Σ is W. scale: by which `given` is to be multiplied, and frames with it.
+    """
+    shared = [None if p in c.cut else t.to(wide) for (c, p), t in zip(_flat(changes), parts, strict=True)]
+    if scale is not None:
+        shared = [t if p or t is None else t * scale for (_, p), t in zip(_flat(changes), shared, strict=True)]
+    rows = len(given) if given.ndim else 1
+    step = rows if whole or transposed else max(1, BAND_VALUES * rows // max(given.numel(), 1))
+    for first in range(0, rows, max(step, 1)):
+        band = slice(first, first + step) if step < rows else ...
+        weight = given[band].to(wide)
+        if scale is not None:
+            weight = weight * scale
+        own = [t[band].to(wide) if s is None else s for t, s in zip(parts, shared, strict=True)]
+        result = _changed(changes, weight.T if transposed else weight, own, start + first)
+        result = result.T.contiguous() if transposed else result
+        yield band, _padded(weight, result.shape), result
+
+
 def _flat(changes: Sequence[Change]) -> list[tuple[Change, str]]:
-    return [(change, part) for change in changes for part in change.parts]
+    return [(change, part) for change in changes for part in (*change.parts, *[""] * change.frame)]
 
 
-def _own(tensor: Tensor, band: slice, wide: torch.dtype) -> Tensor:
-    return tensor[band].to(wide)
-
-
-def _together(found: Sequence[Survival]) -> Survival:
+def together(found: Sequence[Survival]) -> Survival:
+    """The sums of several bands. Where one was not tried in the other dtype, it keeps there what it keeps here."""
     beside = None
     if any(f.other is not None for f in found):
         pairs = [f.other or (f.along, f.off) for f in found]
@@ -112,13 +141,25 @@ def _changed(changes: Sequence[Change], weight: Tensor, inputs: Sequence[Tensor]
     total: Tensor | None = None
     position = 0
     for change in changes:
-        given = inputs[position : position + len(change.parts)]
-        position += len(change.parts)
-        found = _one(change, weight, given, start)
-        # The first is taken as it is: adding its difference would round once more.
-        total = found if total is None else total + (found - weight)
-    assert total is not None
-    return total
+        given = inputs[position : position + change.count]
+        position += change.count
+        found = _one(change, _padded(weight, change.shape), given, start)
+        if total is None:  # the first is taken as it is: adding its difference would round once more
+            total = found
+            continue
+        shape = tuple(map(max, found.shape, total.shape))
+        total = _padded(total, shape) + (_padded(found, shape) - _padded(weight, shape))
+    return weight if total is None else total
+
+
+def _padded(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """The weight with zeros for the inputs that the shape has more; its rows may be a band's."""
+    import torch
+
+    more = [max(wide - narrow, 0) for narrow, wide in zip(weight.shape[1:], shape[1:], strict=True)]
+    if not any(more):
+        return weight
+    return torch.nn.functional.pad(weight, [n for wider in reversed(more) for n in (0, wider)])
 
 
 def _one(change: Change, weight: Tensor, given: Sequence[Tensor], start: int) -> Tensor:
@@ -126,15 +167,18 @@ def _one(change: Change, weight: Tensor, given: Sequence[Tensor], start: int) ->
     from weightops.lora.family import change as change_weight
 
     tensors = {}
-    for part, tensor in zip(change.parts, given, strict=True):
+    for part, tensor in zip(change.parts, given, strict=False):
         columns = change.columns.get(part)
         tensors[part] = tensor if columns is None else tensor[:, columns[0] : columns[1]]
     height = len(weight)
+    if change.window is not None:
+        parts = Parts(tensors, change.alpha, change.shape, change.told)
+        return _through_window(change, parts, weight, given[len(change.parts) :], start)
     if change.cut:  # the parts are those of a weight that has these rows alone
         shape, rows = (height, *change.shape[1:]), None
     else:
         shape, rows = change.shape, slice(start, start + height)
-    parts = Parts(tensors, change.alpha, shape)
+    parts = Parts(tensors, change.alpha, shape, change.told)
     if change.of_bias:
         found = change_bias(change.family, parts, weight, change.strength)
         assert found is not None
@@ -142,6 +186,30 @@ def _one(change: Change, weight: Tensor, given: Sequence[Tensor], start: int) ->
     if change.family.name == "lora" and change.cut and weight.shape == shape and "dora_scale" not in tensors:
         return _added(change.family, parts, weight, change.strength)
     return change_weight(change.family, parts, weight, change.strength, rows)
+
+
+def _through_window(change: Change, parts: Parts, weight: Tensor, frame: Sequence[Tensor], start: int) -> Tensor:
+    """These rows of what the parts make of a taller weight."""
+    import torch
+
+    from weightops.lora.family import change as change_weight
+
+    assert change.window is not None
+    if not frame:
+        found, position = [], 0
+        for low, high in change.window:
+            a, b = max(start, position), min(start + len(weight), position + high - low)
+            if a < b:
+                rows = slice(low + a - position, low + b - position)
+                own = weight[a - start : b - start]
+                found.append(change_weight(change.family, parts, own, change.strength, rows))
+            position += high - low
+        return torch.cat(found) if len(found) > 1 else found[0] if found else weight
+    order = torch.cat([torch.arange(low, high, device=weight.device) for low, high in change.window])
+    stacked = torch.cat([tensor.reshape(len(tensor), *weight.shape[1:]) for tensor in frame])
+    if len(order) == len(stacked):  # all its rows, in another order
+        stacked = stacked[order.argsort()]
+    return change_weight(change.family, parts, stacked, change.strength)[order]
 
 
 def _added(family: Family, parts: Parts, weight: Tensor, strength: float) -> Tensor:
@@ -155,8 +223,6 @@ def _added(family: Family, parts: Parts, weight: Tensor, strength: float) -> Ten
 
 def survival(before: Tensor, meant: Tensor, stored: Tensor, other: str | None) -> Survival:
     """How much of a change its rounding leaves: before, meant and stored are W, W + Σ and what is written of it."""
-    if meant.shape != before.shape:  # a wider weight: nothing of it was there before
-        return Survival(0.0, 0.0, 0.0, 0.0)
     before, meant, stored = before.reshape(-1), meant.reshape(-1), stored.reshape(-1)
     found = [0.0, 0.0, 0.0, 0.0]
     for start in range(0, len(before), WORKING_VALUES):  # pieces that stay in the cache

@@ -25,7 +25,7 @@ from weightops.ops.dialect_settings import APART, folder_of, metadata_of
 from weightops.ops.difference import extracted, subtracted
 from weightops.ops.filling import constant
 from weightops.ops.produce import Planned, stem
-from weightops.ops.report import Account, Unused
+from weightops.ops.report import Account, Unused, modules
 from weightops.ops.respell import becomes
 from weightops.plan import Grain, Input, Plan, Task
 
@@ -310,8 +310,7 @@ def _own(found: Pair, _other: Identity) -> None:
     """Matrices and vectors of an unknown architecture, by the model's own names."""
     mine = {key: Place(found.opened.slot(key)) for key in found.opened.tensors}
     theirs = {key: Place(found.base.slot(key)) for key in found.base.tensors}
-    modules = {key.rpartition(".")[0] for key in mine if key.endswith((".weight", ".bias"))}
-    beginning = own_beginning(modules)
+    beginning = own_beginning({key.rpartition(".")[0] for key in mine if key.endswith((".weight", ".bias"))})
     prefix = "lora_unet_" if found.dialect.flat else "diffusion_model."
     seen: dict[str, str] = {}
     for key, at in mine.items():
@@ -441,7 +440,7 @@ def plan_extract(found: Pair, ranks: Sequence[int], *, together: bool = False) -
         recipe, refuse_nonfinite=not wish.allow_nonfinite, files=files, extras=extras,
         data_hashes={"sshs_model_hash": "{}"} if wish.dialect == "kohya" else {},
     )  # fmt: skip
-    words = f"{stem(found.opened)} − {stem(found.base)}: {len(units):,} modules, {wish.dialect} names"
+    words = f"{stem(found.opened)} − {stem(found.base)}: {modules(len(units))}, {wish.dialect} names"
     return Planned(plan, found.account, words, _counts(found, ranks)), groups
 
 

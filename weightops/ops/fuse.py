@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightops.engine.chunks import memory_for
+from weightops.engine.chunks import DEFAULT_MEMORY, memory_for
 from weightops.engine.run import Outcome, Progress, ignore
 from weightops.errors import UsageError, quote
 from weightops.files.checkpoint import open_checkpoint
 from weightops.merging.rounding import ROUNDINGS
+from weightops.ops.embeddings import plan_embeddings
 from weightops.ops.folders import into_folder
-from weightops.ops.fuse_plan import Wish, plan_fuse
+from weightops.ops.fuse_plan import BESIDE, Wish, plan_fuse
 from weightops.ops.produce import check_words, named, produce, stem
+from weightops.ops.undo import Undo
 
 if TYPE_CHECKING:
     import os
@@ -31,11 +35,14 @@ def fuse(
     *loras: str | os.PathLike[str] | tuple[str | os.PathLike[str], float],
     output: str | os.PathLike[str] | None = None,
     text_encoder: float | None = None,
+    undo: str | os.PathLike[str] | None = None,
+    embeddings: str | os.PathLike[str] | None = None,
     dtype: str = "keep",
     rounding: str = "nearest",
     seed: int = 0,
     strict: bool = False,
     allow_nonfinite: bool = False,
+    lokr_rank: int | None = None,
     memory: int | None = None,
     threads: int | None = None,
     device: str = "auto",
@@ -48,8 +55,12 @@ def fuse(
 
     loras: files, or "file:0.8", or (file, 0.8): a strength of s adds s·ΔW, whatever the family, rank and alpha; where
     a family is no addition (DoRA, OFT, …) it is W + s·(W' − W), W' always from the original W. text_encoder: the
-    strength of all LoRAs in text encoders, in place of their own. dtype: keep, or what floating tensors become.
-    rounding: nearest, or stochastic, drawn from `seed`. strict: refuse where a key of a LoRA is not used. memory:
+    strength of all LoRAs in text encoders, in place of their own. undo: a second file to write, from which and the
+    output `unfuse` makes `checkpoint` again, byte for byte. embeddings: a new folder for the textual-inversion
+    embeddings that the LoRAs carry along, which no weight can hold. dtype: keep, or what floating tensors become.
+    rounding: nearest, or stochastic, drawn from `seed`. strict: refuse where a key of a LoRA is not used. lokr_rank:
+    divide the alpha of LoKr modules of two whole factors by it, as some trainers mean it (None: they are as strong as
+    they stand, as LyCORIS, ComfyUI and diffusers have it; what PEFT's adapter_config.json says is followed). memory:
     bytes in flight (None: 128 MiB, and up to 512 MiB for a matrix that is needed whole). Raises WeightopsError.
 
     The report's `details["modules"]` says for each module how much of what was meant the rounding left (`survived`),
@@ -63,6 +74,8 @@ def fuse(
     asked = [parse(lora) for lora in loras]
     if text_encoder is not None and not math.isfinite(text_encoder):
         raise UsageError("--text-encoder", f"found {text_encoder}, expected a finite number")
+    if lokr_rank is not None and lokr_rank < 1:
+        raise UsageError("--lokr-rank", f"found {lokr_rank}, expected a whole number, 1 or more")
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(open_checkpoint(checkpoint))
         files = [stack.enter_context(open_checkpoint(file)) for file, _ in asked]
@@ -74,7 +87,10 @@ def fuse(
         said: dict[str, Any] = {"strengths": [s for _, s in asked], "text_encoder": text_encoder, "rounding": rounding}
         if rounding == "stochastic":
             said["seed"] = seed
-        wish = Wish(strength, dtype, seed if rounding == "stochastic" else None, strict, allow_nonfinite, said)
+        if lokr_rank is not None:
+            said["lokr_rank"] = lokr_rank
+        drawn = seed if rounding == "stochastic" else None
+        wish = Wish(strength, dtype, drawn, strict, allow_nonfinite, lokr_rank, said)
         planned, modules = plan_fuse(opened, files, wish)
         planned.summary = _in_words(stem(opened), [(stem(f), s) for f, (_, s) in zip(files, asked, strict=True)])
         stems = [stem(f)[:60] + ("" if s == 1 else f"-{s:g}") for f, (_, s) in zip(files, asked, strict=True)]
@@ -82,13 +98,36 @@ def fuse(
         planned.plan, target = into_folder(opened, planned.plan, target, asked=output is not None)
 
         def then(outcome: Outcome, report: Report) -> None:
-            _say_what_survived(outcome, modules, rounding, report)
+            dtypes = [task.outputs[0].spec.dtype for task in planned.plan.tasks[: len(modules)]]
+            _say_what_survived(outcome, modules, dtypes, rounding, report)
 
         planned.then = then
-        return produce(
+        beside = None
+        if undo is not None:
+            beside = stack.enter_context(Undo(Path(undo), planned.plan, target, force=force))
+            planned.plan = beside.plan
+        bundled = None
+        if embeddings is not None:
+            bundled = functools.partial(
+                produce, "fuse", plan_embeddings(files), Path(embeddings), memory=DEFAULT_MEMORY, device="cpu",
+                threads=1, force=force, check=False, on_progress=ignore,
+            )  # fmt: skip
+            bundled(dry_run=True)
+        report = produce(
             "fuse", planned, target, memory=memory_for(planned.plan, memory), device=device, threads=threads,
-            force=force, dry_run=dry_run, check=verify, on_progress=on_progress,
+            force=force, dry_run=dry_run, check=verify, on_progress=on_progress, beside=beside,
         )  # fmt: skip
+        if bundled is not None:
+            told = bundled(dry_run=dry_run)
+            report.details["embeddings"] = {"output": str(embeddings), "bytes_written": told.bytes_written}
+            copied = set(told.account.copied)
+            report.account.unused = [u for u in report.account.unused if u.key not in copied]
+            report.account.copied += sorted(copied)
+        if beside is not None:
+            report.details["undo"] = {
+                "output": str(undo), "bytes_written": beside.largest_nbytes if dry_run else beside.written,
+            }  # fmt: skip
+        return report
 
 
 def parse(lora: str | os.PathLike[str] | tuple[str | os.PathLike[str], float]) -> tuple[str | os.PathLike[str], float]:
@@ -112,7 +151,9 @@ def _in_words(base: str, loras: Sequence[tuple[str, float]]) -> str:
 # ------------------------------------------------------------------------------------------------ what survived
 
 
-def _say_what_survived(outcome: Outcome, modules: Sequence[str], rounding: str, report: Report) -> None:
+def _say_what_survived(
+    outcome: Outcome, modules: Sequence[str], dtypes: Sequence[str], rounding: str, report: Report
+) -> None:
     """Each module's figures into the report, and all of them in one line."""
     rows: list[dict[str, Any]] = []
     total = [0.0] * 5
@@ -136,18 +177,27 @@ def _say_what_survived(outcome: Outcome, modules: Sequence[str], rounding: str, 
     if total[0]:
         report.details["survived"] = total[1] / total[0]
         report.details["residual"] = math.sqrt(total[2] / total[0])
-        report.details["line"] = _line(rows, total, rounding)
+        report.details["line"] = _line(rows, dtypes, total, rounding)
 
 
-def _line(rows: Sequence[dict[str, Any]], total: Sequence[float], rounding: str) -> str:
+# What the dtypes that are tried beside the one that is written are called on the command line.
+_WORDS = {"float16": "--dtype fp16", "bfloat16": "--dtype bf16", "float32": "--dtype fp32"}
+
+
+def _line(rows: Sequence[dict[str, Any]], dtypes: Sequence[str], total: Sequence[float], rounding: str) -> str:
     meant, along, off, beside, _ = total
-    low = [r for r in rows if r["survived"] is not None and r["survived"] < 0.9]
-    said = f"{_percent(along / meant)} of the LoRA survived the rounding, residual {_percent(math.sqrt(off / meant))}"
+    found = [(r["survived"], d) for r, d in zip(rows, dtypes, strict=True) if r["survived"] is not None]
+    low = [(survived, dtype) for survived, dtype in found if survived < 0.9]
+    written = " and ".join(sorted({dtype for _, dtype in found}))
+    said = f"{_percent(along / meant)} of the LoRA survived the rounding to {written}, "
+    said += f"residual {_percent(math.sqrt(off / meant))}"
     if low:
-        worst = min(r["survived"] for r in low)
+        worst, _ = min(low)
         said += f"; in {len(low):,} of {len(rows):,} tensors less than 90 %, down to {_percent(worst)}"
         if beside / meant > along / meant + 0.005:
-            said += f". A wider --dtype keeps {_percent(beside / meant)}"
+            tried = {BESIDE.get(dtype) for _, dtype in low}
+            wider = _WORDS.get(tried.pop() or "") if len(tried) == 1 else None
+            said += f". {wider or 'A wider --dtype'} keeps {_percent(beside / meant)}"
         if rounding == "nearest":
             said += "; --rounding stochastic keeps all of it on average, with more noise"
     return said

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
-from weightops.errors import FormatError, MismatchError, quote
+from weightops.errors import FormatError, MismatchError, UsageError, quote
 from weightops.files.dtypes import ARITHMETIC
 from weightops.files.tensor import Slot, TensorSpec
-from weightops.lora.adapters import Adapter, AdapterFile, alphas, read_adapters
-from weightops.lora.family import can_change, grain_of
-from weightops.lora.pieces import Piece, Source, take_apart
-from weightops.naming.identify import Identity, identify, quantised
-from weightops.naming.keymap import Rule, Table
+from weightops.lora.adapters import Adapter, AdapterFile, read_adapters, strengths
+from weightops.lora.family import Told, changed_shape, grain_of
+from weightops.lora.pieces import Piece, Window, sources, take_apart
+from weightops.naming.identify import Identity, identify
+from weightops.naming.keymap import Rule, Table, swaps
 from weightops.naming.slots import Place, place
 from weightops.ops.changes import BAND_VALUES, Change, fused
+from weightops.ops.fp8 import METADATA, Band, check_dtype, dequantising, is_mark, requantising, scales_of
 from weightops.ops.produce import Planned, kept_metadata, stem
 from weightops.ops.report import Account, Unused
 from weightops.ops.respell import becomes, carry
@@ -26,33 +27,45 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from weightops.files.checkpoint import Checkpoint
+    from weightops.lora.pieces import Bands
 
 Name = tuple[str, str]
+Shape = tuple[int, ...]
 
 # What another dtype would keep is worth saying where the one that is written keeps little.
-_BESIDE = {"BF16": "float16", "F16": "float32", "F8_E4M3": "bfloat16", "F8_E5M2": "bfloat16"}
+BESIDE = {"BF16": "float16", "F16": "float32", "F8_E4M3": "bfloat16", "F8_E5M2": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What was asked of a fuse. strength: of a LoRA (its number) in a component and canonical module."""
+    """What was asked of a fuse. strength: of a LoRA (its number) in a component and canonical module.
+
+    lokr_rank: by which alpha is divided where a LoKr has two whole factors; None: these are as strong as they stand.
+    """
 
     strength: Callable[[int, str, str], float]
     dtype: str = "keep"
     seed: int | None = None
     strict: bool = False
     allow_nonfinite: bool = False
+    lokr_rank: int | None = None
     said: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A change of one tensor by a piece of LoRA number `lora`."""
+    """A change of one tensor by a piece of LoRA number `lora`. shape: that the tensor then has.
+
+    frame: where the tensors are that together are the whole weight of a piece that is a window of it, if it is needed.
+    """
 
     lora: int
     piece: Piece
+    told: Told
     strength: float
     of_bias: bool
+    shape: Shape
+    frame: tuple[Slot, ...] = ()
 
 
 @dataclass(slots=True)
@@ -61,6 +74,7 @@ class _State:
     identity: Identity
     loras: Sequence[Checkpoint]
     wish: Wish
+    scales: dict[str, str]
     places: dict[Name, Place] = field(default_factory=dict)
     own: Table | None = None
     jobs: dict[Name, list[Job]] = field(default_factory=dict)
@@ -68,17 +82,34 @@ class _State:
     outputs: dict[str, TensorSpec] = field(default_factory=dict)
     tasks: list[Task] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
+    whole_lokrs: int = 0
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def unscaled(self) -> bool:
+        """Are weights written without the scales that they have?"""
+        return self.wish.dtype != "keep"
+
+    def scale(self, weight: str) -> Slot | None:
+        return self.opened.slot(self.scales[weight]) if weight in self.scales else None
 
 
 def plan_fuse(opened: Checkpoint, loras: Sequence[Checkpoint], wish: Wish) -> tuple[Planned, list[str]]:
     """The plan, and for each of its first tasks the module that it changes. Raises WeightopsError."""
     identity = identify(opened.tensors)
     _check(opened, identity)
-    state = _State(opened, identity, loras, wish)
+    scales = scales_of(opened)
+    if scales:
+        check_dtype(opened, wish.dtype)
+    state = _State(opened, identity, loras, wish, scales)
     _place(state)
     for number, lora in enumerate(loras):
         _take(state, number, lora)
+    if wish.lokr_rank is not None and not state.whole_lokrs:
+        labels = ", ".join(lora.label for lora in loras)
+        raise UsageError(
+            "--lokr-rank", f"{labels} has no LoKr of two whole factors and an alpha, which alone it is for"
+        )
     if not state.jobs:
         reasons = list(dict.fromkeys(u.reason for u in state.account.unused))
         raise MismatchError(
@@ -92,7 +123,8 @@ def plan_fuse(opened: Checkpoint, loras: Sequence[Checkpoint], wish: Wish) -> tu
         state.account.refuse_surprises("--strict")
     recipe = {"command": "fuse", "version": __version__, "dtype": wish.dtype, **wish.said}
     plan = Plan(
-        (opened, *loras), state.outputs, tuple(state.tasks), kept_metadata(opened), recipe,
+        (opened, *loras), state.outputs, tuple(state.tasks),
+        kept_metadata(opened, less=frozenset({METADATA} if state.unscaled else ())), recipe,
         refuse_nonfinite=not wish.allow_nonfinite,
     )  # fmt: skip
     words = f"{stem(opened)} + " + " + ".join(stem(lora) for lora in loras)
@@ -104,13 +136,6 @@ def _check(opened: Checkpoint, identity: Identity) -> None:
         raise MismatchError(opened.label, "holds no tensors: nothing to fuse into")
     if identity.kind == "lora":
         raise MismatchError(opened.label, "is a LoRA, expected a checkpoint", "the checkpoint comes first")
-    key = quantised(opened.tensors)
-    if key is not None:
-        raise MismatchError(
-            opened.label,
-            f"is quantised: {quote(key)} scales weights that mean nothing without it",
-            "fuse into the fp16, bf16 or fp32 release instead",
-        )
 
 
 # ------------------------------------------------------------------------------------------------ where things are
@@ -149,19 +174,22 @@ def _take(state: _State, number: int, lora: Checkpoint) -> None:
             )
     else:
         _check_generic(found)
-    strengths = alphas(lora, found)
+    alphas = strengths(lora, found)
     specs = {key: info.spec for key, info in lora.tensors.items()}
     for key in found.embeddings:
         state.account.unused.append(Unused(key, lora.label, "an embedding: prompts use it, no weight holds it", False))
     for adapter in found.adapters:
-        alpha = strengths.get(adapter.name)
+        alpha, told = alphas.get(adapter.name, (None, Told()))
+        if adapter.family.name == "lokr" and adapter.rank is None and alpha is not None and state.wish.lokr_rank:
+            told = told._replace(full_rank=state.wish.lokr_rank)
+            state.whole_lokrs += 1
         if alpha is not None and not math.isfinite(alpha):
             raise FormatError(lora.label, f"{quote(adapter.name)} has alpha {alpha}, expected a finite number")
         pieces = _pieces(state, adapter, alpha, specs, lora.label)
         if isinstance(pieces, str):
             _unused(state, lora, adapter, pieces)
             continue
-        reasons = [_job(state, number, lora, piece) for piece in pieces]
+        reasons = [_job(state, number, lora, piece, told, [p.name for p in pieces]) for piece in pieces]
         if all(reason is not None for reason in reasons):
             _unused(state, lora, adapter, next(r for r in reasons if r is not None))
         else:
@@ -198,20 +226,84 @@ def _pieces(
         claim = look(adapter.body)
         if claim is None:
             return f"{state.opened.label} has no module {adapter.body}"
-        parts = {part: Source(key, specs[key]) for part, key in adapter.keys.items() if part != "alpha"}
-        return [Piece("", claim.names[0], adapter.family, parts, alpha, adapter.name)]
+        return [Piece("", claim.names[0], adapter.family, sources(adapter, specs), alpha, adapter.name)]
     if adapter.target is None or adapter.component is None:
         return "its module is not known"
     if all((adapter.component, f"{n}.{leaf}") not in state.places for n in adapter.target.names for leaf in _LEAVES):
         held = any(component == adapter.component for component, _ in state.places)
         return f"{state.opened.label} has no {adapter.target.names[0] if held else adapter.component}"
-    return take_apart(adapter, alpha, specs, lambda _key, _bands: _Dense(), label)
+    try:
+        return take_apart(adapter, alpha, specs, lambda _key, _bands: _Dense(), label)
+    except MismatchError:
+        # Its tensors cannot be cut; what they make of the whole weight can be.
+        windows = _windows(state, adapter, alpha, specs)
+        if windows is None:
+            raise
+        return windows
 
 
 _LEAVES = ("weight", "bias")
 
 
-def _job(state: _State, number: int, lora: Checkpoint, piece: Piece) -> str | None:
+def _windows(state: _State, adapter: Adapter, alpha: float | None, specs: dict[str, TensorSpec]) -> list[Piece] | None:
+    """A piece for each module that the adapter changes, each with all of the parts; None: it cannot be so."""
+    target, parts = adapter.target, sources(adapter, specs)
+    assert target is not None
+    places = [state.places.get((adapter.component or "", f"{name}.weight")) for name in target.names]
+    if any(at is None or at.transposed for at in places) or adapter.family.changes_bias(parts):
+        return None
+    shapes = [at.spec.shape for at in places if at is not None]
+    rows, start, found = sum(shape[0] for shape in shapes), 0, []
+    for name, shape in zip(target.names, shapes, strict=True):
+        piece = Piece(adapter.component or "", name, adapter.family, parts, alpha, adapter.name)
+        bands: Bands = ((start, start + shape[0]),)
+        start += shape[0]
+        if len(shapes) == 1:  # not packed, but its halves may trade places
+            if not swaps(target.rule, rows, shape[1] if len(shape) > 1 else None):
+                return [piece]
+            if rows % 2:
+                return None
+            bands = ((rows // 2, rows), (0, rows // 2))
+        found.append(replace(piece, window=Window(rows, bands)))
+    return found
+
+
+def _frame(state: _State, piece: Piece, names: Sequence[str], shape: Shape) -> tuple[Slot, ...]:
+    """Where all the rows of the weight are that the piece is a window of, if each of its rows needs all of them."""
+    if piece.window is None or not _needs_all(piece, shape):
+        return ()
+    return tuple(state.places[piece.component, f"{name}.weight"].slot for name in names)
+
+
+def _needs_all(piece: Piece, shape: Shape) -> bool:
+    whole = shape if piece.window is None else (piece.window.rows, *shape[1:])
+    return grain_of(piece.family, piece.shapes, whole) == "tensor"
+
+
+def _shape_then(state: _State, piece: Piece, at: Place) -> Shape | None:
+    """The shape of a weight when the piece has changed it; None where it does not fit."""
+    shape = at.spec.shape
+    if piece.window is not None:
+        whole = (piece.window.rows, *shape[1:])
+        return shape if changed_shape(piece.family, piece.shapes, whole) == whole else None
+    found = changed_shape(piece.family, piece.shapes, shape)
+    wider = piece.shape
+    if found is None and wider and (state.identity.architecture, piece.name) == _CONTROLLED:
+        narrow = len(wider) == len(shape) and wider[0] == shape[0] and wider[1] > shape[1]
+        found = wider if narrow else None
+    if found in (None, shape):
+        return found
+    of_its_own = not at.transposed and at.slot.bands is None
+    return found if found is not None and found[0] == shape[0] and of_its_own else None
+
+
+# BFL's control LoRAs for Flux do not say that they are for a wider weight; ComfyUI and diffusers widen this one.
+_CONTROLLED = ("flux", "x_embedder")
+
+
+def _job(
+    state: _State, number: int, lora: Checkpoint, piece: Piece, told: Told, names: Sequence[str]
+) -> str | None:  # fmt: skip
     """Put the piece to the tensors that it changes; the reason where there is none."""
     strength = state.wish.strength(number, piece.component, piece.name)
     reason: str | None = f"{state.opened.label} has no {piece.name}"
@@ -225,16 +317,31 @@ def _job(state: _State, number: int, lora: Checkpoint, piece: Piece) -> str | No
             if leaf == "bias":
                 state.warnings.append(f"{lora.label}: {piece.adapter} changes a bias, and {reason}")
             continue
-        if leaf == "weight" and not can_change(piece.family, piece.shapes, at.spec.shape):
+        shape = _shape_then(state, piece, at) if leaf == "weight" else _shape_of_bias(piece, at)
+        if shape is None:
             shapes = {part: list(shape) for part, shape in piece.shapes.items()}
             raise MismatchError(
                 lora.label, f"{quote(piece.adapter)} {shapes} does not fit {at.slot.key} {list(at.spec.shape)}"
             )
+        if shape != at.spec.shape:
+            what = f"{at.slot.key} has {shape[1]:,} inputs now, and had {at.spec.shape[1]:,}"
+            state.warnings.append(f"{lora.label}: is for a wider weight: {what}")
         if at.spec.dtype not in ARITHMETIC:
             raise MismatchError(state.opened.label, f"{quote(at.slot.key)} is {at.spec.dtype}, and cannot be changed")
-        state.jobs.setdefault(name, []).append(Job(number, piece, strength, leaf == "bias"))
+        frame = () if leaf == "bias" else _frame(state, piece, names, shape)
+        keys = {at.slot.key, *(slot.key for slot in frame)}
+        if (len(keys) > 1 or at.transposed) and not keys.isdisjoint(state.scales):
+            what = f"{quote(piece.adapter)} needs more than one scaled weight at once, {quote(at.slot.key)} among them"
+            raise MismatchError(lora.label, what, "fuse into the fp16, bf16 or fp32 release instead")
+        state.jobs.setdefault(name, []).append(Job(number, piece, told, strength, leaf == "bias", shape, frame))
         reason = None
     return reason
+
+
+def _shape_of_bias(piece: Piece, at: Place) -> Shape | None:
+    shape = at.spec.shape
+    own = [piece.shapes[part] for part in piece.family.of_bias if part in piece.parts]
+    return shape if all(len(s) == len(shape) == 1 and s == shape for s in own) else None
 
 
 # ------------------------------------------------------------------------------------------------ tasks
@@ -245,46 +352,90 @@ def _write(state: _State) -> None:
     by_key: dict[str, list[tuple[Name, Place]]] = {}
     for name, at in state.places.items():
         by_key.setdefault(at.slot.key, []).append((name, at))
+    touched = {state.places[name].slot.key for name in state.jobs}
+    # Scales that are written with their weights, or not at all.
+    gone = {scale for weight, scale in state.scales.items() if state.unscaled or weight in touched}
     copies: list[Task] = []
     for key in sorted(state.opened.tensors, key=lambda k: state.opened.tensors[k][1:3]):
         spec = state.opened.tensors[key].spec
         places = by_key.get(key, [])
+        if state.unscaled and is_mark(key):
+            reason = "says how fp8 codes are used, of which there are none any more"
+            state.account.unused.append(Unused(key, state.opened.label, reason, asked=True))
+            continue
+        if key in gone:
+            state.account.used.append(key)
+            continue
         state.outputs[key] = becomes(spec, state.wish.dtype)
-        if not any(name in state.jobs for name, _ in places):
-            copies.append(carry(key, spec, key, state.wish.dtype))
+        scale = state.scale(key)
+        if key not in touched:
+            unscaled = scale is not None and state.unscaled
+            copies.append(_band(state, state.opened.slot(key), Slot(key, state.outputs[key])) if unscaled
+                          else carry(key, spec, key, state.wish.dtype))  # fmt: skip
             (state.account.copied if not copies[-1].needs_torch else state.account.used).append(key)
             continue
         state.account.used.append(key)
+        if scale is not None and not state.unscaled:
+            state.outputs[scale.key] = scale.spec
+            _requantise(state, places, scale)
+            continue
         for name, at in places:
             slot = Slot(key, becomes(at.slot.spec, state.wish.dtype), at.slot.bands)
             if name in state.jobs:
+                slot = _widened(state, name, slot)
                 state.tasks.append(_task(state, name, at, slot))
                 state.modules.append(".".join(filter(None, name)))
             else:
-                copies.append(_band(at.slot, slot))
+                copies.append(_band(state, at.slot, slot))
     # Copies last: torch is imported while the first weights are read, and they are what the time goes into.
     state.tasks = [*state.tasks, *copies]
 
 
-def _band(given: Slot, slot: Slot) -> Task:
+def _widened(state: _State, name: Name, slot: Slot) -> Slot:
+    """The slot with the inputs that jobs add to it."""
+    wider = [job.shape for job in state.jobs[name] if math.prod(job.shape) > slot.spec.values]
+    if not wider:
+        return slot
+    spec = TensorSpec(slot.spec.dtype, tuple(map(max, slot.spec.shape, *wider)))
+    state.outputs[slot.key] = spec
+    return Slot(slot.key, spec)
+
+
+def _band(state: _State, given: Slot, slot: Slot) -> Task:
     from weightops.ops.produce import cast
 
+    scale = state.scale(given.key)
+    if scale is not None:
+        return dequantising(given, scale, slot)
     return Task(slot.key, (Input(0, given),), (slot,), None if given.spec.dtype == slot.spec.dtype else cast)
 
 
-def _task(state: _State, name: Name, at: Place, slot: Slot) -> Task:
-    jobs = state.jobs[name]
+def _requantise(state: _State, places: Sequence[tuple[Name, Place]], scale: Slot) -> None:
+    """The task of a scaled key, in which several modules may be packed: they have one scale."""
+    bands = []
+    for name, at in places:
+        slot = _widened(state, name, at.slot) if name in state.jobs else at.slot
+        bands.append(Band(at.slot, slot, *_changes(state, name, at)))
+    changed = [".".join(filter(None, name)) for name, _ in places if name in state.jobs]
+    other = BESIDE.get(places[0][1].spec.dtype)
+    state.tasks.append(requantising(", ".join(changed), bands, scale, seed=state.wish.seed, other=other))
+    state.modules.append(", ".join(changed))
+
+
+def _changes(state: _State, name: Name, at: Place) -> tuple[tuple[Input, ...], tuple[Change, ...], int, bool]:
+    """What the jobs do to a tensor: their inputs, the changes, the values of the copies of shared inputs, and whether
+    its rows depend on each other."""
+    jobs = state.jobs.get(name, [])
     spec = at.spec
-    whole = at.transposed or any(
-        not job.of_bias and grain_of(job.piece.family, job.piece.shapes, spec.shape) == "tensor" for job in jobs
-    )
-    inputs = [Input(0, at.slot)]
+    whole = at.transposed or any(_needs_all(job.piece, spec.shape) for job in jobs if not job.of_bias)
+    inputs = []
     changes = []
     work = 0
     for job in jobs:
         piece = job.piece
         # Rows of a part that are rows of the weight come with each block; other parts come whole.
-        cut = set() if whole or piece.family.uniform_rows else {*piece.family.rows, "dora_scale"}
+        uncut = whole or piece.window is not None or piece.family.uniform_rows
+        cut = set() if uncut else {*piece.family.rows, "dora_scale"}
         if any(piece.parts[part].spec.rows != spec.rows for part in cut & piece.parts.keys()):
             cut = set()
         stored = state.loras[job.lora].tensors
@@ -293,20 +444,31 @@ def _task(state: _State, name: Name, at: Place, slot: Slot) -> Task:
             shared = source_part not in cut
             inputs.append(Input(job.lora + 1, slot_in, shared=shared))
             work += slot_in.spec.values if shared else 0
+        inputs += [Input(0, slot_in, shared=True) for slot_in in job.frame]
+        work += sum(slot_in.spec.values for slot_in in job.frame)
+        shape = job.shape if piece.window is None else (piece.window.rows, *spec.shape[1:])
         columns = {part: s.columns for part, s in piece.parts.items() if s.columns is not None}
         changes.append(
             Change(
                 piece.family, tuple(piece.parts), frozenset(cut & piece.parts.keys()), columns, piece.alpha,
-                job.strength, spec.shape, job.of_bias,
+                job.told, job.strength, shape, job.of_bias, piece.window and piece.window.bands, len(job.frame),
             )
         )  # fmt: skip
+    return tuple(inputs), tuple(changes), work, whole
+
+
+def _task(state: _State, name: Name, at: Place, slot: Slot) -> Task:
+    parts, changes, work, whole = _changes(state, name, at)
+    spec, scale = at.spec, state.scale(at.slot.key)
+    inputs = [Input(0, at.slot), *([] if scale is None else [Input(0, scale, shared=True)]), *parts]
     # Six copies of what is changed at a stroke, in float32 or float64.
     values = spec.values if whole else min(spec.values, max(BAND_VALUES, spec.row_values))
     size = 8 if {at.spec.dtype, slot.spec.dtype} & {"F32", "F64"} else 4
     label = ".".join(filter(None, name))
-    other = _BESIDE.get(slot.spec.dtype)
+    other = BESIDE.get(slot.spec.dtype)
     compute = fused(
         changes, name=label, seed=state.wish.seed, other=other, whole=whole, transposed=at.transposed,
+        scaled=scale is not None,
     )  # fmt: skip
     return Task(
         label, tuple(inputs), (slot,), compute, Grain.TENSOR if whole else Grain.ROWS,
@@ -317,9 +479,13 @@ def _task(state: _State, name: Name, at: Place, slot: Slot) -> Task:
 def _groups(state: _State) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     changed = {state.places[name].slot.key for name in state.jobs}
+    changed |= {state.scales[key] for key in changed & state.scales.keys()}
     for key, component in state.identity.components.items():
         entry = found.setdefault(component, {"component": component, "tensors": 0, "fused": 0, "cast": 0, "copied": 0})
         entry["tensors"] += 1
+        if key not in state.outputs:
+            entry["dropped"] = entry.get("dropped", 0) + 1
+            continue
         same = state.outputs[key].dtype == state.opened.tensors[key].spec.dtype
         entry["fused" if key in changed else "copied" if same else "cast"] += 1
     return list(found.values())

@@ -15,7 +15,7 @@ from weightops.errors import FormatError, UsageError, quote
 from weightops.files.checkpoint import Checkpoint, open_checkpoint
 from weightops.files.dtypes import ARITHMETIC
 from weightops.files.tensor import Slot, TensorSpec
-from weightops.lora.adapters import AdapterFile, Problem, alphas, read_adapters
+from weightops.lora.adapters import AdapterFile, Problem, read_adapters, strengths
 from weightops.naming.identify import Identity, identify
 from weightops.plan import Block, Input, Plan, Task
 
@@ -186,11 +186,11 @@ def _lora(opened: Checkpoint, adapters: AdapterFile) -> dict[str, Any]:
 def _alphas(opened: Checkpoint, adapters: AdapterFile) -> Counter[str]:
     """How many modules have which alpha. What is wrong with them is one of the file's problems, and no error."""
     try:
-        scales = alphas(opened, adapters)
+        scales = strengths(opened, adapters)
     except FormatError as e:
         adapters.problems.append(Problem(e.where, e.what))
         return Counter()
-    return Counter(f"{alpha:g}" for alpha in scales.values() if alpha is not None)
+    return Counter(f"{alpha:g}" for alpha, _ in scales.values() if alpha is not None)
 
 
 # ------------------------------------------------------------------------------------------------ statistics

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightops.engine.chunks import check_memory
-from weightops.engine.run import PLACEHOLDER, Progress, run
+from weightops.engine.run import PLACEHOLDER, Beside, Progress, run
 from weightops.errors import Interrupted, OutputError, UsageError, listing, quote
 from weightops.files.checkpoint import INDEX_SUFFIX, PICKLE_SUFFIXES, Checkpoint
 from weightops.files.dtypes import DTYPE_WORDS
@@ -56,6 +56,7 @@ def produce(
     dry_run: bool,
     check: bool,
     on_progress: Progress,
+    beside: Beside | None = None,
 ) -> Report:
     """Carry out the plan into `output`; with `dry_run`, only say what that would be. Raises WeightopsError."""
     plan = planned.plan
@@ -72,7 +73,9 @@ def produce(
         files = [file for source in plan.sources for file in source.files]
         check_target(output, report.bytes_written, force=force, inputs=files, folder=bool(plan.files))
         return report
-    outcome = run(plan, output, memory=memory, device=device, threads=threads, force=force, on_progress=on_progress)
+    outcome = run(
+        plan, output, memory=memory, device=device, threads=threads, force=force, on_progress=on_progress, beside=beside
+    )
     if check:
         try:
             report.verified = verify(plan, output, label=str(output))
@@ -114,7 +117,7 @@ def _output_nbytes(plan: Plan, output: Path) -> int:
     """The bytes of all files that the plan would write, headers and all."""
     metadata = plan.file_metadata([PLACEHOLDER] * len(plan.sources))
     if not plan.files:
-        return SafetensorsFile(str(output), plan.outputs, metadata[0], plan.data_hashes).size
+        return SafetensorsFile(str(output), plan.outputs, metadata[0], plan.data_hashes, plan.header).size
     check_files(plan.outputs, plan.files, plan.extras)
     files = safetensors_files(output, plan.outputs, plan.files, metadata, plan.data_hashes)
     return folder_nbytes(files, plan.extras)

@@ -112,6 +112,11 @@ def tensors(count: int, what: str = "") -> str:
     return f"{count:,} {what}{' ' if what else ''}tensor{'' if count == 1 else 's'}"
 
 
+def modules(count: int) -> str:
+    """1 module, 1,234 modules."""
+    return f"{count:,} module{'' if count == 1 else 's'}"
+
+
 def input_entries(sources: Sequence[Checkpoint], hashes: Sequence[str | None]) -> list[dict[str, Any]]:
     return [
         {"path": source.label, "hash": found, "bytes": source.nbytes}

@@ -125,8 +125,8 @@ def ulps(found: Tensor, exact: Tensor, operands: Tensor | None = None, tolerance
     """The largest |found − exact| in units in the last place of `found`'s dtype, at `exact`'s magnitude.
 
     operands: the largest |operand| of each value; where they cancel out, the unit is that of float32 arithmetic
-    on them, which is what is promised. tolerance: the least unit, relative to `exact`. NaN and Inf must be found where
-    `exact`, rounded, has them.
+    on them, which is what is promised. tolerance: the least unit, relative to these and to `exact`. NaN and Inf must be
+    found where `exact`, rounded, has them.
     """
     import torch
 
@@ -144,6 +144,7 @@ def ulps(found: Tensor, exact: Tensor, operands: Tensor | None = None, tolerance
     if operands is not None:
         # float32 keeps 24 bits of an operand; the shorter dtypes are computed in it, in a few operations.
         unit = torch.maximum(unit, operands * {64: 0.0, 32: 2.0**-23}.get(info.bits, 2.0**-21))
-    unit = torch.maximum(unit, exact.abs() * tolerance)
+    if tolerance:
+        unit = torch.maximum(unit, (exact.abs() if operands is None else exact.abs().maximum(operands)) * tolerance)
     distance = ((found.double() - exact).abs() / unit).nan_to_num(torch.inf, posinf=torch.inf)
     return float(torch.where(same & ~wanted.isfinite(), 0.0, distance).max())

@@ -31,11 +31,13 @@ def _diff_rows(p: Parts, rows: slice) -> Tensor:
 
 
 def _norm_rows(p: Parts, rows: slice) -> Tensor:
-    return p["w_norm"][rows]
+    found = p["w_norm"][rows]
+    return found.reshape(len(found), *p.shape[1:])
 
 
 def _set_rows(weight: Tensor, p: Parts, rows: slice) -> Tensor:
-    return p["set_weight"][rows]
+    found = p["set_weight"][rows]
+    return found.reshape(len(found), *p.shape[1:])
 
 
 FAMILIES.register(

@@ -5,9 +5,10 @@ A and B are the paper's two supports, one for the weight and one for the sum; it
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes, over_rank
+from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes, over_rank, same
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +25,17 @@ def _reversed(shapes: Shapes) -> bool:
     older = b2[1] == b1[0] and a2[1] == a1[0]
     newer = b1[1] == b2[0] and a1[1] == a2[0]
     return older and (not newer or b1[0] < b1[1])
+
+
+def _meet(shapes: Shapes) -> bool:
+    a1, a2, b1, b2 = (shapes[part] for part in _pairs(shapes))
+    if min(map(len, (a1, a2, b1, b2))) < 2 or math.prod((*a1[2:], *a2[2:], *b1[2:])) != 1:
+        return False
+    return same(a1[1], a2[0]) and same(b1[1], b2[0]) and same(a1[0], a2[1]) and same(a1[0], b2[1])
+
+
+def _pairs(shapes: Shapes) -> tuple[str, str, str, str]:
+    return ("a2", "a1", "b2", "b1") if _reversed(shapes) else ("a1", "a2", "b1", "b2")
 
 
 def _rank(shapes: Shapes) -> int | None:
@@ -46,13 +58,21 @@ def _apply(weight: Tensor, p: Parts, rows: slice) -> Tensor:
     """Row by row: W a1 mixes the inputs of each output. A kernel's window stays as it is."""
     import torch
 
-    pairs = ("a2", "a1", "b2", "b1") if _reversed(p.shapes) else ("a1", "a2", "b1", "b2")
-    a1, a2, b1, b2 = (p[part].flatten(1) for part in pairs)
+    a1, a2, b1, b2 = (p[part].flatten(1) for part in _pairs(p.shapes))
     added = (b1[rows] @ b2).reshape(weight.shape)
     mixed: Tensor = torch.einsum("or...,ri->oi...", torch.einsum("oi...,ir->or...", weight, a1), a2)
     return weight + (added + mixed) * _scale(p)
 
 
 FAMILIES.register(
-    "glora", Family("glora", forms=(("a1", "a2", "b1", "b2"),), rank=_rank, shape=_shape, scale=_scale, apply=_apply)
+    "glora",
+    Family(
+        "glora",
+        forms=(("a1", "a2", "b1", "b2"),),
+        meet=_meet,
+        rank=_rank,
+        shape=_shape,
+        scale=_scale,
+        apply=_apply,
+    ),
 )

@@ -7,10 +7,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes, over_rank
+from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes, over_rank, same
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def _meet(shapes: Shapes) -> bool:
+    a1, b1, a2, b2 = (shapes[part] for part in _FACTORS)
+    if {len(a1), len(b1), len(a2), len(b2)} != {2}:
+        return False
+    if "hada_t1" not in shapes:
+        return same(a1[1], b1[0]) and same(a2[1], b2[0]) and same(a1[0], a2[0]) and same(b1[1], b2[1])
+    t1, t2 = shapes["hada_t1"], shapes["hada_t2"]
+    if len(t1) < 3 or t1[2:] != t2[2:] or not (same(a1[1], a2[1]) and same(b1[1], b2[1])):
+        return False
+    return all(same(t[0], a[0]) and same(t[1], b[0]) for t, a, b in ((t1, a1, b1), (t2, a2, b2)))
 
 
 def _rank(shapes: Shapes) -> int | None:
@@ -66,6 +78,7 @@ FAMILIES.register(
     Family(
         "loha",
         forms=(_FACTORS, (*_FACTORS, "hada_t1", "hada_t2")),
+        meet=_meet,
         rank=_rank,
         shape=_shape,
         rows=("hada_w1_a", "hada_w2_a"),

@@ -8,10 +8,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes, over_rank
+from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes, over_rank, same
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def _meet(shapes: Shapes) -> bool:
+    return _meets(shapes, "lokr_w1", None) and _meets(shapes, "lokr_w2", shapes.get("lokr_t2"))
+
+
+def _meets(shapes: Shapes, factor: str, core: Shape | None) -> bool:
+    if factor in shapes:
+        return len(shapes[factor]) == 2 or (factor == "lokr_w2" and len(shapes[factor]) > 2)
+    a, b = shapes[f"{factor}_a"], shapes[f"{factor}_b"]
+    if len(a) != 2 or len(b) < 2:
+        return False
+    if core is None:
+        return same(a[1], b[0])
+    return len(b) == 2 and len(core) > 2 and same(core[0], a[0]) and same(core[1], b[0])
 
 
 def _rank(shapes: Shapes) -> int | None:
@@ -53,7 +68,7 @@ def _scale(p: Parts) -> float:
     LyCORIS, ComfyUI and diffusers take 1, and LyCORIS writes alpha = its network_dim there. PEFT scales by alpha / r.
     """
     rank = _rank(p.shapes)
-    return over_rank(p.alpha, rank if rank is not None else p.full_rank)
+    return over_rank(p.alpha, rank if rank is not None else p.told.full_rank)
 
 
 def _left(p: Parts) -> tuple[Tensor, Tensor]:
@@ -119,6 +134,7 @@ FAMILIES.register(
             ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"),
             ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
         ),
+        meet=_meet,
         rank=_rank,
         shape=_shape,
         rows=("lokr_w1", "lokr_w1_a"),

@@ -8,12 +8,24 @@ reader of PEFT's settings, so that alpha/rank is right for all.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes, over_rank
+from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes, over_rank, same
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def _meet(shapes: Shapes) -> bool:
+    up, down = shapes["up"], shapes["down"]
+    if len(up) < 2 or not down or math.prod(up[2:]) != 1:
+        return False
+    if "mid" not in shapes:
+        return same(up[1], down[0])
+    mid = shapes["mid"]
+    flat = len(down) > 1 and math.prod(down[2:]) == 1
+    return flat and len(mid) > 1 and same(up[1], mid[0]) and same(mid[1], down[0])
 
 
 def _rank(shapes: Shapes) -> int | None:
@@ -66,6 +78,7 @@ FAMILIES.register(
         "lora",
         forms=(("up", "down"), ("up", "down", "mid")),
         optional=("bias", "reshape_weight"),
+        meet=_meet,
         rank=_rank,
         shape=_shape,
         rows=("up", "bias"),

@@ -17,28 +17,34 @@ if TYPE_CHECKING:
 
 def _fits(shapes: Shapes, shape: Shape) -> bool:
     blocks = shapes["oft_blocks"]
-    whole = len(blocks) in (3, 4) and blocks[-1] == blocks[-2]
-    return whole and len(shape) > 1 and blocks[-3] * blocks[-1] == shape[0]
+    if len(blocks) not in (3, 4) or blocks[-1] != blocks[-2] or len(shape) < 2 or blocks[-3] * blocks[-1] != shape[0]:
+        return False
+    if math.prod(shapes.get("rescale", shape[:1])) != shape[0]:
+        return False
+    # Each stage pairs blocks twice as far apart as the one before.
+    size = blocks[-1]
+    return len(blocks) == 3 or (size % 2 == 0 and shape[0] % (2 ** (blocks[0] - 1) * size) == 0)
 
 
 def _apply(weight: Tensor, p: Parts, rows: slice) -> Tensor:
     """Diag-OFT's blocks are [n, size, size], BOFT's [stages, n, size, size]. rescale is each output's, afterwards."""
-    turned = _butterfly(weight, _rotations(p)) if p["oft_blocks"].ndim == 4 else _diagonal(weight, _rotations(p))
+    turns = _rotations(p["oft_blocks"], p.alpha, p.shape[0])
+    turned = _butterfly(weight, turns) if turns.ndim == 4 else _diagonal(weight, turns)
     if "rescale" not in p:
         return turned
     return turned * p["rescale"].reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def _rotations(p: Parts) -> Tensor:
+def _rotations(blocks: Tensor, alpha: float | None, out: int) -> Tensor:
     """(I + Q)(I − Q)⁻¹, with Q skew and, where alpha is positive, ‖Q‖ no more than alpha·out.
 
     The norm runs over all blocks together. kohya and LyCORIS multiply by `out` (the paper by out²), ComfyUI does not.
     """
     import torch
 
-    q = p["oft_blocks"] - p["oft_blocks"].mT
-    if p.alpha is not None and p.alpha > 0:
-        q = q * (p.alpha * p.shape[0] / torch.linalg.vector_norm(q)).clamp(max=1)
+    q = blocks - blocks.mT
+    if alpha is not None and alpha > 0:
+        q = q * (alpha * out / torch.linalg.vector_norm(q)).clamp(max=1)
     unit = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     turns: Tensor = torch.linalg.solve(unit - q, unit + q)  # the two commute
     return turns
@@ -64,6 +70,28 @@ def _butterfly(weight: Tensor, turns: Tensor) -> Tensor:
     return weight
 
 
+# kohya's OFT for Flux turns the queries, keys, values and the MLP of a packed weight one by one.
+_BANDS = ("oft_blocks.0", "oft_blocks.1", "oft_blocks.2", "oft_blocks.3")
+
+
+def _fits_bands(shapes: Shapes, shape: Shape) -> bool:
+    blocks = [shapes[part] for part in _BANDS if part in shapes]
+    whole = all(len(b) == 3 and b[1] == b[2] for b in blocks)
+    return whole and len(shape) > 1 and sum(b[0] * b[1] for b in blocks) == shape[0]
+
+
+def _apply_bands(weight: Tensor, p: Parts, rows: slice) -> Tensor:
+    """Diag-OFT of each band, whose constraint is alpha times its own height."""
+    import torch
+
+    found, start = [], 0
+    for blocks in (p[part] for part in _BANDS if part in p):
+        height = blocks.shape[0] * blocks.shape[1]
+        found.append(_diagonal(weight[start : start + height], _rotations(blocks, p.alpha, height)))
+        start += height
+    return torch.cat(found)
+
+
 def _size(values: int) -> int | None:
     """Of a skew matrix whose upper triangle has so many values."""
     size = (1 + math.isqrt(1 + 8 * values)) // 2
@@ -80,7 +108,10 @@ def _fits_inputs(shapes: Shapes, shape: Shape) -> bool:
 
 
 def _apply_inputs(weight: Tensor, p: Parts, rows: slice) -> Tensor:
-    """W Rᵀ, block by block of in·k·k; Q is given by its upper triangle, row by row."""
+    """W Rᵀ, block by block of in·k·k; Q is given by its upper triangle, row by row.
+
+    PEFT's constraint (coft) is on each block alone; that of Diag-OFT is on all together.
+    """
     import torch
 
     triangle = p["oft_R"]
@@ -90,7 +121,10 @@ def _apply_inputs(weight: Tensor, p: Parts, rows: slice) -> Tensor:
     i, j = torch.triu_indices(size, size, 1, device=triangle.device)
     q[:, i, j] = triangle
     q = q - q.mT
-    turns = _neumann(q, p.neumann) if p.neumann is not None else _exact(q)
+    if p.told.coft is not None:
+        length = torch.linalg.matrix_norm(q, keepdim=True)
+        q = q * (p.told.coft / math.sqrt(len(q)) / length.clamp_min(torch.finfo(q.dtype).tiny)).clamp(max=1)
+    turns = _neumann(q, p.told.neumann) if p.told.neumann is not None else _exact(q)
     count = math.prod(p.shape[1:]) // size
     blocks = weight.reshape(len(weight), count, size)
     return torch.einsum("ork,rck->orc", blocks, turns.expand(count, -1, -1)).reshape(weight.shape)
@@ -130,6 +164,16 @@ FAMILIES.register(
         forms=(("oft_blocks",), ("oft_blocks", "rescale")),
         fits=_fits,
         apply=_apply,
+        grain="tensor",
+    ),
+)
+FAMILIES.register(
+    "oft_bands",
+    Family(
+        "oft_bands",
+        forms=(_BANDS[:1], _BANDS[:3], _BANDS),
+        fits=_fits_bands,
+        apply=_apply_bands,
         grain="tensor",
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import math
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from weightops.ops.fuse import fuse
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -69,8 +70,8 @@ def places() -> dict[str, str]:
     return {name.removesuffix(".weight"): key for name, key in found.items() if name.endswith(".weight")}
 
 
-def changes(path: Path, modules: Mapping[str, str]) -> dict[str, Tensor]:
-    """Key of the checkpoint -> ΔW in float64, each dialect read as the tool that wrote it does."""
+def changes(path: Path, modules: Mapping[str, str]) -> dict[str, Callable[[], Tensor]]:
+    """Key of the checkpoint -> what makes ΔW in float64, each dialect read as the tool that wrote it does."""
     from lycoris.functional import lokr
 
     tensors = {key: tensor.double() for key, tensor in load_file(path).items()}
@@ -80,20 +81,19 @@ def changes(path: Path, modules: Mapping[str, str]) -> dict[str, Tensor]:
     if "lokr" in path.name:
         for name in {key.partition(".")[0] for key in tensors}:
             p = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(name + ".")}
-            parts = (p.get(part) for part in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
-                                              "lokr_t2"))  # fmt: skip
-            found[flat[name]] = lokr.diff_weight(*parts, gamma=float(p["alpha"]))
+            factors = [p.get(f"lokr_{part}") for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")]
+            found[flat[name]] = functools.partial(lokr.diff_weight, *factors, gamma=float(p["alpha"]))
         return found
     for key, up in tensors.items():
         if key.endswith("_lora.up.weight"):  # diffusers to 0.24
             module, _, which = key.removesuffix("_lora.up.weight").rpartition(".processor.")
             module = "unet." + module.removeprefix("unet.") + "." + {"to_out": "to_out.0"}.get(which, which)
-            found[modules[module]] = up @ tensors[key.replace(".up.", ".down.")]
+            found[modules[module]] = functools.partial(torch.matmul, up, tensors[key.replace(".up.", ".down.")])
         elif key.endswith(".lora_B.weight"):
             config = json.loads(path.with_name(path.stem + ".adapter_config.json").read_text())
             module = "unet." + key.removesuffix(".lora_B.weight").removeprefix("base_model.model.")
-            down = tensors[key.replace("lora_B", "lora_A")]
-            found[modules[module]] = config["lora_alpha"] / config["r"] * up @ down
+            scaled = config["lora_alpha"] / config["r"] * up
+            found[modules[module]] = functools.partial(torch.matmul, scaled, tensors[key.replace("lora_B", "lora_A")])
     return found
 
 
@@ -119,23 +119,27 @@ def test_real_loras_fuse_into_a_checkpoint_of_full_size(tmp_path: Path) -> None:
     loras = [f"{_as_published(name, tmp_path)}:{strength}" for name, strength in STRENGTHS.items()]
     report = fuse(tmp_path / "base.safetensors", *loras, output=tmp_path / "out.safetensors")
     assert report.account.unused == []
-    wanted: dict[str, Tensor] = {}
+    wanted: dict[str, list[tuple[float, Callable[[], Tensor]]]] = {}
     for name, strength in STRENGTHS.items():
         with safe_open(LORAS / f"{name}.safetensors", "pt") as opened:
             assert set(opened.keys()) <= set(report.account.used)
         mine = changes(LORAS / f"{name}.safetensors", modules)
         assert len(mine) == (350 if "lokr" in name else 128)
         for key, delta in mine.items():
-            wanted[key] = wanted.get(key, 0) + strength * delta.flatten(1)
+            wanted.setdefault(key, []).append((strength, delta))
     with safe_open(tmp_path / "base.safetensors", "pt") as base, safe_open(tmp_path / "out.safetensors", "pt") as out:
         for key in base.keys():  # noqa: SIM118 - it is no mapping
             before, after = base.get_tensor(key), out.get_tensor(key)
             if key not in wanted:
                 assert torch.equal(before, after), key
                 continue
-            exact = before.double().flatten(1) + wanted[key]
+            added = sum(strength * delta().flatten(1) for strength, delta in wanted[key])
+            assert isinstance(added, torch.Tensor)
+            exact = before.double().flatten(1) + added
             off = (after.double().flatten(1) - exact).abs()
             # Half a unit in the last place, and what float32 leaves open of sums whose terms may cancel.
-            operands = before.double().flatten(1).abs() + wanted[key].abs().max()
+            operands = before.double().flatten(1).abs() + added.abs().max()
             assert bool((off <= exact.abs() * 2**-11 + 2**-25 + operands * 2**-21).all()), key
             assert float((after.flatten(1) != exact.half()).double().mean()) < 1e-3, key
+    for name in ("base", "out"):  # pytest keeps what tests leave behind
+        (tmp_path / f"{name}.safetensors").unlink()

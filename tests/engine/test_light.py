@@ -58,6 +58,16 @@ def test_a_plan_of_copies_never_loads_torch(folder: Path) -> None:
     assert (folder / "o.safetensors").read_bytes().endswith(bytes(1208))
 
 
+def test_planning_a_fuse_needs_headers_alone(folder: Path) -> None:
+    save_raw(folder / "base.safetensors", {"x.weight": ("F16", [30, 20], bytes(1200))})
+    factors = {"lora_unet_x.lora_up.weight": ("F16", [30, 2], bytes(120)),
+               "lora_unet_x.lora_down.weight": ("F16", [2, 20], bytes(80))}  # fmt: skip
+    save_raw(folder / "lora.safetensors", factors)
+    code = "import weightops; weightops.fuse('base.safetensors', 'lora.safetensors:0.5', dry_run=True)"
+    assert loaded(folder, code) == "[]"
+    assert "torch" in loaded(folder, code.replace(", dry_run=True", ""))
+
+
 def test_a_merge_that_only_copies_never_loads_torch(folder: Path) -> None:
     code = (
         "import weightops; "

@@ -6,6 +6,8 @@ import mmap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from weightops.engine.tensors import Lane
 
 
@@ -15,6 +17,7 @@ class Buffers:
     def __init__(self) -> None:
         self.lane: Lane | None = None
         self._held: dict[tuple[str, int], memoryview] = {}
+        self._filled: dict[tuple[str, int], object] = {}
 
     def attach(self, device: str) -> Lane:
         """This worker's lane; made when torch is there, which can be after the first buffers were filled."""
@@ -37,7 +40,17 @@ class Buffers:
                 self.lane.pin(held)
         return held[:nbytes]
 
+    def fill(self, role: tuple[str, int], what: object | None, fill: Callable[[], None]) -> bool:
+        """Fill the role's buffer, unless it holds just that already (None: never); whether it was filled."""
+        if what is not None and self._filled.get(role) == what:
+            return False
+        self._filled.pop(role, None)
+        fill()
+        self._filled[role] = what
+        return True
+
     def _drop(self, role: tuple[str, int]) -> None:
+        self._filled.pop(role, None)
         held = self._held.pop(role, None)
         if held is not None and self.lane is not None:
             self.lane.unpin(held)

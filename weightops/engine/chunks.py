@@ -23,6 +23,7 @@ BLOCK_VALUES = 1024 * 1024
 CHUNK_MIN = 1 << 20
 CHUNK_MAX = 12 << 20
 SHARE = 24  # of the budget, for one chunk: enough chunks in flight to keep disks and cores busy
+SHARE_OF_SHARED = 6  # the same, for a chunk with much that is read again for each
 
 DEFAULT_MEMORY = 128 << 20
 LARGEST_DEFAULT = 512 << 20  # where a matrix is needed whole
@@ -118,7 +119,10 @@ def cut(plan: Plan, memory: int) -> Iterator[Chunk]:
             continue
         one = chunk_cost(task, height)
         two = chunk_cost(task, 2 * height)
-        blocks = max(1, 1 + (target - one) // max(two - one, 1)) if task.grain is Grain.ROWS else 1
+        # What is shared is read again with each chunk: it should be little of what the chunk reads.
+        shared = sum(i.slot.spec.nbytes for i in task.inputs if i.shared)
+        room = max(target, min(one + 4 * shared, memory // SHARE_OF_SHARED))
+        blocks = max(1, 1 + (room - one) // max(two - one, 1)) if task.grain is Grain.ROWS else 1
         while blocks > 1 and chunk_cost(task, blocks * height) > memory:
             blocks -= 1
         for start in range(0, rows, blocks * height):

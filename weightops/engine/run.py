@@ -8,9 +8,13 @@ thread to a compute thread to a writer thread. One feeder (whoever holds its loc
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
+import importlib
 import itertools
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +33,7 @@ from weightops.plan import Block
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import ModuleType
 
     from weightops.files.tensor import Slot
     from weightops.plan import Plan, Task
@@ -72,6 +77,28 @@ class Beside(Protocol):
 
     def withdraw(self) -> None:
         """Take it away again, if it has appeared: the output has not."""
+
+
+def import_torch_ahead() -> None:
+    """Begin to import torch, which takes a second, while a plan that will need it is made."""
+
+    def load() -> None:
+        with contextlib.suppress(Exception):  # the run imports it again, and says what is wrong
+            _import_tensors()
+
+    if "torch" not in sys.modules:
+        with contextlib.suppress(RuntimeError):  # no thread to be had
+            threading.Thread(target=load, name="weightops-torch", daemon=True).start()
+
+
+def _import_tensors() -> ModuleType:
+    collecting = gc.isenabled()
+    gc.disable()  # an import makes many objects and hardly any garbage; looking for it takes a tenth of the time
+    try:
+        return importlib.import_module("weightops.engine.tensors")
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def usable_cores() -> int:
@@ -251,15 +278,9 @@ class _Run:
         self._torch_ready.set()
 
     def _import_torch(self) -> None:
-        collecting = gc.isenabled()
-        gc.disable()  # an import makes many objects and hardly any garbage; looking for it takes a tenth of the time
-        try:
-            from weightops.engine.tensors import resolve_device, set_cpu_threads
-        finally:
-            if collecting:
-                gc.enable()
-        self.device = resolve_device(self.device)
-        set_cpu_threads()
+        tensors = _import_tensors()
+        self.device = tensors.resolve_device(self.device)
+        tensors.set_cpu_threads()
         if self.device != "cpu":
             self._start_extra()  # some copy to and from the device while others read and write
         self._torch_ready.set()
@@ -347,11 +368,14 @@ class _Run:
         nbytes = again = 0
         for number, entry in enumerate(chunk.task.inputs):
             start, stop = _span(chunk, entry.slot, entry.shared)
-            buffer = buffers.get(("in", number), stop - start)
-            self.plan.sources[entry.source].read_bytes(entry.slot, start, stop, buffer)
+            role = "in", number
+            buffer = buffers.get(role, stop - start)
+            read = functools.partial(self.plan.sources[entry.source].read_bytes, entry.slot, start, stop, buffer)
+            # What all chunks of a task share may lie here since the last one.
+            filled = buffers.fill(role, chunk.number if entry.shared else None, read)
             inputs.append(buffer)
-            nbytes += stop - start
-            again += stop - start if entry.shared and chunk.start else 0
+            nbytes += stop - start if filled else 0
+            again += stop - start if filled and entry.shared and chunk.start else 0
         return inputs, nbytes, again
 
     def _collect(self, chunk: Chunk, values: list[Any]) -> None:

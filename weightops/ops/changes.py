@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from weightops.merging.method import WORKING_VALUES, store
 from weightops.merging.rounding import generator_for, store_stochastic
+from weightops.ops.products import add_products, are_products, factors
+from weightops.ops.survival import Survival, survival, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +23,6 @@ if TYPE_CHECKING:
 
 # Values of a weight that are changed at a stroke: larger bands leave the cache between one operation and the next.
 BAND_VALUES = 2 * WORKING_VALUES
-
-# Below this share of what was meant, another dtype is tried beside the one that is written.
-WORTH_A_LOOK = 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +52,6 @@ class Change:
         return len(self.parts) + self.frame
 
 
-class Survival(NamedTuple):
-    """Sums over the values of a block: ‖meant‖², ⟨added, meant⟩, ‖added − meant‖², ‖W‖²; and the last two of these
-    sums for the dtype that was tried beside it (None: it was not)."""
-
-    meant: float
-    along: float
-    off: float
-    weight: float
-    other: tuple[float, float] | None = None
-
-
 def fused(
     changes: Sequence[Change], *, name: str, seed: int | None, other: str | None, whole: bool, transposed: bool = False,
     scaled: bool = False,
@@ -74,6 +62,7 @@ def fused(
     changed at one stroke, for rows depend on each other; else in bands that stay in the cache. scaled: the weight is
     codes, whose one scale is the next input.
     """
+    products = are_products(changes) and not (whole or transposed or scaled)
 
     def compute(inputs: Sequence[Tensor], outputs: Sequence[Tensor], block: Block) -> Survival:
         import torch
@@ -82,6 +71,8 @@ def fused(
         # float32's own sums would be off by units in the last place of a float32 result.
         wide = torch.float64 if {given.dtype, out.dtype} & {torch.float32, torch.float64} else torch.float32
         generator = None if seed is None else generator_for(seed, name, block.number, out.device)
+        if products and wide is torch.float32:
+            return add_products(given, out, *factors(changes, parts), generator=generator, other=other)
         scale = inputs[1].to(wide).reshape(()) if scaled else None
         found = []
         for band, weight, result in changed_bands(
@@ -124,16 +115,6 @@ def changed_bands(
 
 def _flat(changes: Sequence[Change]) -> list[tuple[Change, str]]:
     return [(change, part) for change in changes for part in (*change.parts, *[""] * change.frame)]
-
-
-def together(found: Sequence[Survival]) -> Survival:
-    """The sums of several bands. Where one was not tried in the other dtype, it keeps there what it keeps here."""
-    beside = None
-    if any(f.other is not None for f in found):
-        pairs = [f.other or (f.along, f.off) for f in found]
-        beside = sum(p[0] for p in pairs), sum(p[1] for p in pairs)
-    meant, along = sum(f.meant for f in found), sum(f.along for f in found)
-    return Survival(meant, along, sum(f.off for f in found), sum(f.weight for f in found), beside)
 
 
 def _changed(changes: Sequence[Change], weight: Tensor, inputs: Sequence[Tensor], start: int) -> Tensor:
@@ -183,8 +164,6 @@ def _one(change: Change, weight: Tensor, given: Sequence[Tensor], start: int) ->
         found = change_bias(change.family, parts, weight, change.strength)
         assert found is not None
         return found
-    if change.family.name == "lora" and change.cut and weight.shape == shape and "dora_scale" not in tensors:
-        return _added(change.family, parts, weight, change.strength)
     return change_weight(change.family, parts, weight, change.strength, rows)
 
 
@@ -210,52 +189,3 @@ def _through_window(change: Change, parts: Parts, weight: Tensor, frame: Sequenc
     if len(order) == len(stacked):  # all its rows, in another order
         stacked = stacked[order.argsort()]
     return change_weight(change.family, parts, stacked, change.strength)[order]
-
-
-def _added(family: Family, parts: Parts, weight: Tensor, strength: float) -> Tensor:
-    """W + λ·up·down in one pass over W: the product is added where it is made."""
-    import torch
-
-    assert family.lowrank is not None
-    up, down = family.lowrank(parts)
-    return torch.addmm(weight.reshape(len(weight), -1), up, down, alpha=strength).reshape(weight.shape)
-
-
-def survival(before: Tensor, meant: Tensor, stored: Tensor, other: str | None) -> Survival:
-    """How much of a change its rounding leaves: before, meant and stored are W, W + Σ and what is written of it."""
-    before, meant, stored = before.reshape(-1), meant.reshape(-1), stored.reshape(-1)
-    found = [0.0, 0.0, 0.0, 0.0]
-    for start in range(0, len(before), WORKING_VALUES):  # pieces that stay in the cache
-        part = slice(start, start + WORKING_VALUES)
-        weight = before[part]
-        wanted = meant[part] - weight
-        found = [
-            a + b for a, b in zip(found, (*_sums(wanted, meant[part], stored[part]), _dot(weight, weight)), strict=True)
-        ]
-    total, along, off, norm = found
-    beside = None
-    if other is not None and total and along < WORTH_A_LOOK * total:
-        beside = _beside(before, meant, other)
-    return Survival(total, along, off, norm, beside)
-
-
-def _beside(before: Tensor, meant: Tensor, other: str) -> tuple[float, float]:
-    """The same two sums for another dtype."""
-    import torch
-
-    tried = torch.empty_like(meant, dtype=getattr(torch, other))
-    store(meant, tried)
-    return _sums(meant - before, meant, tried)[1:]
-
-
-def _sums(wanted: Tensor, meant: Tensor, stored: Tensor) -> tuple[float, float, float]:
-    """‖wanted‖², ⟨added, wanted⟩ and ‖added − wanted‖²; added − wanted is stored − meant, small and exact."""
-    rest = stored.to(meant.dtype) - meant
-    total = _dot(wanted, wanted)
-    return total, total + _dot(rest, wanted), _dot(rest, rest)
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    import torch
-
-    return float(torch.dot(a, b))

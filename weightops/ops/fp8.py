@@ -16,7 +16,8 @@ from weightops.files.dtypes import DTYPE_WORDS
 from weightops.merging.method import WORKING_VALUES, store
 from weightops.merging.rounding import generator_for, store_stochastic
 from weightops.naming.identify import quantised
-from weightops.ops.changes import BAND_VALUES, Survival, changed_bands, survival, together
+from weightops.ops.changes import BAND_VALUES, changed_bands
+from weightops.ops.survival import Survival, survival, together
 from weightops.plan import Grain, Input, Task
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightops.engine.chunks import DEFAULT_MEMORY, memory_for
-from weightops.engine.run import Outcome, Progress, ignore
+from weightops.engine.run import Outcome, Progress, ignore, import_torch_ahead
 from weightops.errors import UsageError, quote
 from weightops.files.checkpoint import open_checkpoint
 from weightops.merging.rounding import ROUNDINGS
@@ -22,10 +22,10 @@ from weightops.ops.undo import Undo
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from weightops.ops.changes import Survival
     from weightops.ops.report import Report
+    from weightops.ops.survival import Survival
 
 _STRENGTH = re.compile(r"(?P<file>.+):(?P<strength>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
 
@@ -77,6 +77,8 @@ def fuse(
     if lokr_rank is not None and lokr_rank < 1:
         raise UsageError("--lokr-rank", f"found {lokr_rank}, expected a whole number, 1 or more")
     with contextlib.ExitStack() as stack:
+        if not dry_run:
+            import_torch_ahead()
         opened = stack.enter_context(open_checkpoint(checkpoint))
         files = [stack.enter_context(open_checkpoint(file)) for file, _ in asked]
 
@@ -98,7 +100,7 @@ def fuse(
         planned.plan, target = into_folder(opened, planned.plan, target, asked=output is not None)
 
         def then(outcome: Outcome, report: Report) -> None:
-            dtypes = [task.outputs[0].spec.dtype for task in planned.plan.tasks[: len(modules)]]
+            dtypes = [planned.plan.tasks[number].outputs[0].spec.dtype for number in modules]
             _say_what_survived(outcome, modules, dtypes, rounding, report)
 
         planned.then = then
@@ -152,12 +154,12 @@ def _in_words(base: str, loras: Sequence[tuple[str, float]]) -> str:
 
 
 def _say_what_survived(
-    outcome: Outcome, modules: Sequence[str], dtypes: Sequence[str], rounding: str, report: Report
+    outcome: Outcome, modules: Mapping[int, str], dtypes: Sequence[str], rounding: str, report: Report
 ) -> None:
     """Each module's figures into the report, and all of them in one line."""
     rows: list[dict[str, Any]] = []
     total = [0.0] * 5
-    for number, name in enumerate(modules):
+    for number, name in modules.items():
         values: list[Survival] = outcome.values.get(number, [])
         meant, along = math.fsum(v.meant for v in values), math.fsum(v.along for v in values)
         off, weight = math.fsum(v.off for v in values), math.fsum(v.weight for v in values)

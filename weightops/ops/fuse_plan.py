@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
+from weightops.engine.chunks import BLOCK_VALUES
 from weightops.errors import FormatError, MismatchError, UsageError, quote
 from weightops.files.dtypes import ARITHMETIC
 from weightops.files.tensor import Slot, TensorSpec
@@ -81,7 +82,7 @@ class _State:
     account: Account = field(default_factory=Account)
     outputs: dict[str, TensorSpec] = field(default_factory=dict)
     tasks: list[Task] = field(default_factory=list)
-    modules: list[str] = field(default_factory=list)
+    modules: dict[int, str] = field(default_factory=dict)
     whole_lokrs: int = 0
     warnings: list[str] = field(default_factory=list)
 
@@ -94,8 +95,8 @@ class _State:
         return self.opened.slot(self.scales[weight]) if weight in self.scales else None
 
 
-def plan_fuse(opened: Checkpoint, loras: Sequence[Checkpoint], wish: Wish) -> tuple[Planned, list[str]]:
-    """The plan, and for each of its first tasks the module that it changes. Raises WeightopsError."""
+def plan_fuse(opened: Checkpoint, loras: Sequence[Checkpoint], wish: Wish) -> tuple[Planned, dict[int, str]]:
+    """The plan, and the module that a task changes, by the number of each that does. Raises WeightopsError."""
     identity = identify(opened.tensors)
     _check(opened, identity)
     scales = scales_of(opened)
@@ -384,11 +385,12 @@ def _write(state: _State) -> None:
             if name in state.jobs:
                 slot = _widened(state, name, slot)
                 state.tasks.append(_task(state, name, at, slot))
-                state.modules.append(".".join(filter(None, name)))
             else:
                 copies.append(_band(state, at.slot, slot))
-    # Copies last: torch is imported while the first weights are read, and they are what the time goes into.
-    state.tasks = [*state.tasks, *copies]
+    # Bytes are copied while torch is imported.
+    first = [task for task in copies if not task.needs_torch]
+    state.modules = {number: task.name for number, task in enumerate(state.tasks, len(first))}
+    state.tasks = [*first, *state.tasks, *(task for task in copies if task.needs_torch)]
 
 
 def _widened(state: _State, name: Name, slot: Slot) -> Slot:
@@ -419,11 +421,10 @@ def _requantise(state: _State, places: Sequence[tuple[Name, Place]], scale: Slot
     changed = [".".join(filter(None, name)) for name, _ in places if name in state.jobs]
     other = BESIDE.get(places[0][1].spec.dtype)
     state.tasks.append(requantising(", ".join(changed), bands, scale, seed=state.wish.seed, other=other))
-    state.modules.append(", ".join(changed))
 
 
 def _changes(state: _State, name: Name, at: Place) -> tuple[tuple[Input, ...], tuple[Change, ...], int, bool]:
-    """What the jobs do to a tensor: their inputs, the changes, the values of the copies of shared inputs, and whether
+    """What the jobs do to a tensor: their inputs, the changes, the values of working copies of the inputs, and whether
     its rows depend on each other."""
     jobs = state.jobs.get(name, [])
     spec = at.spec
@@ -443,7 +444,8 @@ def _changes(state: _State, name: Name, at: Place) -> tuple[tuple[Input, ...], t
             slot_in = source.rows(stored[source.key].spec)
             shared = source_part not in cut
             inputs.append(Input(job.lora + 1, slot_in, shared=shared))
-            work += slot_in.spec.values if shared else 0
+            own = max(1, BLOCK_VALUES // max(spec.row_values, 1)) * slot_in.spec.row_values
+            work += slot_in.spec.values if shared else 2 * min(own, slot_in.spec.values)
         inputs += [Input(0, slot_in, shared=True) for slot_in in job.frame]
         work += sum(slot_in.spec.values for slot_in in job.frame)
         shape = job.shape if piece.window is None else (piece.window.rows, *spec.shape[1:])
@@ -461,7 +463,7 @@ def _task(state: _State, name: Name, at: Place, slot: Slot) -> Task:
     parts, changes, work, whole = _changes(state, name, at)
     spec, scale = at.spec, state.scale(at.slot.key)
     inputs = [Input(0, at.slot), *([] if scale is None else [Input(0, scale, shared=True)]), *parts]
-    # Six copies of what is changed at a stroke, in float32 or float64.
+    # Six copies of what is changed at a stroke, in float32 or float64; tiles of products are no larger.
     values = spec.values if whole else min(spec.values, max(BAND_VALUES, spec.row_values))
     size = 8 if {at.spec.dtype, slot.spec.dtype} & {"F32", "F64"} else 4
     label = ".".join(filter(None, name))

@@ -55,7 +55,7 @@ def test_tiles_make_what_one_product_makes(
 
 
 def test_several_loras_are_one_product_and_strengths_are_in_it() -> None:
-    weight, up, down = made(20, 12, 3, dtype=torch.float32)
+    _, up, down = made(20, 12, 3, dtype=torch.float32)
     _, up_b, down_b = made(20, 12, 5, seed=1, dtype=torch.float32)
     changes = [change((20, 12), strength=0.5, alpha=6.0), change((20, 12), strength=-2.0)]
     assert are_products(changes)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from weightops.lora.lowrank import Factorised, LowRank, factorise_many, noise_floor, norm, spectrum
+from weightops.errors import ValueRefused, quote
+from weightops.lora.lowrank import Factorised, LowRank, factorise_many, factorise_nbytes, noise_floor, norm, spectrum
 from weightops.lora.rank import Spectrum
 from weightops.merging.method import WORKING_VALUES, store
 from weightops.merging.rounding import generator_for
@@ -36,6 +37,8 @@ class Weight(Protocol):
     def out(self) -> int: ...
     @property
     def n(self) -> int: ...
+    @property
+    def is_double(self) -> bool: ...
 
 
 class Found(NamedTuple):
@@ -57,7 +60,7 @@ class Found(NamedTuple):
 
 
 class Look(NamedTuple):
-    """Of a sample of one matrix: ‖ΔW‖², ‖W‖² of the base, and whether all its bytes are equal."""
+    """Of a sample of one matrix: ‖ΔW‖², ‖W‖² of the base, and whether all its values are equal."""
 
     delta: float
     weight: float
@@ -95,6 +98,41 @@ def difference(weight: Weight, tuned: Sequence[Tensor], base: Sequence[Tensor]) 
     return found
 
 
+def difference_nbytes(weight: Weight) -> int:
+    """The bytes that `difference` takes: ΔW, and a band of either weight."""
+    size, values = (8 if weight.is_double else 4), weight.out * weight.n
+    return size * (values + 2 * min(values, max(_BAND, weight.n)))
+
+
+def whole_nbytes(weight: Weight) -> int:
+    """The bytes that `extracted` takes for one matrix beside its inputs and outputs, where ΔW itself is written."""
+    return difference_nbytes(weight) + _floor_nbytes(weight)
+
+
+def extracted_nbytes(weight: Weight, rank: int) -> int:
+    """The same where factors are written."""
+    doubles = 8 * weight.out * weight.n if weight.is_double else 0  # singular vectors of all of it
+    found = factorise_nbytes(weight.out, weight.n, rank) + doubles
+    return difference_nbytes(weight) + max(found, _distance_nbytes(weight, rank), _floor_nbytes(weight))
+
+
+def spectra_nbytes(weight: Weight) -> int:
+    """The bytes that `spectra` takes beside its inputs."""
+    side = min(weight.out, weight.n)
+    doubles = 8 * weight.out * weight.n if weight.is_double else 0
+    return difference_nbytes(weight) + max(24 * side * side + doubles + 16 * _BAND, _floor_nbytes(weight))
+
+
+def _distance_nbytes(weight: Weight, rank: int) -> int:
+    """Of `_distance`: six float64 copies of the factors, three products of twice the rank."""
+    return 16 * _BAND + 48 * rank * (weight.out + weight.n) + 96 * rank * rank
+
+
+def _floor_nbytes(weight: Weight) -> int:
+    """Of `_floor`: six copies of the rows that it looks at, in float32, and one in float64."""
+    return 32 * min(weight.out, 2 * _NOISE_ROWS) * weight.n
+
+
 def extracted(
     weights: Sequence[Weight], rank: int, *, seed: int, clamp_quantile: float | None
 ) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], list[Found]]:
@@ -104,10 +142,10 @@ def extracted(
         pairs = _split(weights, inputs)
         if len(outputs) == len(weights):
             return [
-                _whole(difference(w, mine, theirs), out, w, mine, theirs)
+                _whole(_finite(w, mine, theirs), out, w, mine, theirs)
                 for w, (mine, theirs), out in zip(weights, pairs, outputs, strict=True)
             ]
-        deltas = [difference(w, mine, theirs) for w, (mine, theirs) in zip(weights, pairs, strict=True)]
+        deltas = [_finite(w, mine, theirs) for w, (mine, theirs) in zip(weights, pairs, strict=True)]
         generators = [generator_for(seed, w.name, 0) for w in weights]
         factorised = factorise_many(deltas, rank, generators=generators)
         return [
@@ -116,6 +154,20 @@ def extracted(
         ]
 
     return compute
+
+
+def _finite(weight: Weight, tuned: Sequence[Tensor], base: Sequence[Tensor]) -> Tensor:
+    """ΔW. Raises ValueRefused for NaN and Inf, which have no factors."""
+    delta = difference(weight, tuned, base)
+    if not all(math.isfinite(float(extreme)) for extreme in delta.aminmax()):
+        raise not_finite(weight.name, "TUNED or BASE")
+    return delta
+
+
+def not_finite(name: str, where: str) -> ValueRefused:
+    """The refusal of a matrix that holds NaN or Inf in one of the two."""
+    hint = f"--exclude {quote(name)} leaves it out"
+    return ValueRefused(where, f"{quote(name)} holds NaN or Inf, and has no factors", hint)
 
 
 def _whole(delta: Tensor, out: Tensor, weight: Weight, tuned: Sequence[Tensor], base: Sequence[Tensor]) -> Found:
@@ -193,7 +245,7 @@ def _norm(tensors: Sequence[Tensor], less: Tensor | None = None) -> float:
         values, other = tensor.reshape(-1), None if less is None else less.reshape(-1)
         for start in range(0, len(values), WORKING_VALUES):
             part = slice(start, start + WORKING_VALUES)
-            piece = values[part].to(torch.promote_types(values.dtype, torch.float32))
+            piece = values[part].to(torch.float64 if values.dtype is torch.float64 else torch.float32)
             piece = piece if other is None else piece - other[part].to(piece.dtype)
             total.append(float(torch.dot(piece, piece)))
     return math.sqrt(math.fsum(total))
@@ -218,28 +270,41 @@ def _floor(weight: Weight, tuned: Sequence[Tensor], base: Sequence[Tensor]) -> t
 
 
 def subtracted(inputs: Sequence[Tensor], outputs: Sequence[Tensor], _block: Block) -> None:
-    """The compute function of a bias's difference."""
-    store(inputs[0].double() - inputs[1].double(), outputs[0])
+    """The compute function of a bias's difference: of all parts that are packed in it."""
+    half, start = len(inputs) // 2, 0
+    for mine, theirs in zip(inputs[:half], inputs[half:], strict=True):
+        store(mine.double() - theirs.double(), outputs[0][start : start + len(mine)])
+        start += len(mine)
 
 
 # ------------------------------------------------------------------------------------------------ scans
 
 
-def spectra(weight: Weight, nbytes: int) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], Spectrum]:
-    """A scan: all singular values of a difference. nbytes: of one rank of its factors."""
+def spectra(
+    weight: Weight, nbytes: int
+) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], tuple[Spectrum, Found]]:
+    """A scan: all singular values of a difference, and what is lost where none is kept. nbytes: of a rank's factors."""
 
-    def compute(inputs: Sequence[Tensor], _outputs: Sequence[Tensor], _block: Block) -> Spectrum:
+    def compute(inputs: Sequence[Tensor], _outputs: Sequence[Tensor], _block: Block) -> tuple[Spectrum, Found]:
         ((mine, theirs),) = _split([weight], inputs)
-        values, energy = spectrum(difference(weight, mine, theirs))
-        return Spectrum(values, energy, nbytes)
+        delta = _finite(weight, mine, theirs)
+        values, energy = spectrum(delta)
+        size, (noise, edge) = _norm([delta]), _floor(weight, mine, theirs)
+        return Spectrum(values, energy, nbytes), Found(size, _norm(theirs), size, 0.0, noise, edge, 0, "none")
 
     return compute
 
 
-def looked(inputs: Sequence[Tensor], _outputs: Sequence[Tensor], _block: Block) -> Look:
+def looked(weight: Weight) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], Look]:
     """A scan of a sample: how large the difference is."""
-    mine, theirs = (t.double() for t in inputs)
-    return Look(float((mine - theirs).square().sum()), float(theirs.square().sum()), bool((mine == theirs).all()))
+    across = weight.tuned[0].transposed != weight.base[0].transposed
+
+    def compute(inputs: Sequence[Tensor], _outputs: Sequence[Tensor], _block: Block) -> Look:
+        mine, theirs = (t.double() for t in inputs)
+        mine = mine.T if across else mine
+        return Look(float((mine - theirs).square().sum()), float(theirs.square().sum()), bool((mine == theirs).all()))
+
+    return compute
 
 
 def equal(inputs: Sequence[memoryview], _outputs: Sequence[memoryview], _block: Block) -> bool:
@@ -248,3 +313,21 @@ def equal(inputs: Sequence[memoryview], _outputs: Sequence[memoryview], _block: 
 
     mine, theirs = (np.frombuffer(data, dtype=np.uint8) for data in inputs)
     return bool(np.array_equal(mine, theirs))
+
+
+def equal_values(*, across: bool) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], bool]:
+    """A scan of tensors of two dtypes, or one of which lies across the other: are their values equal?"""
+
+    def compute(inputs: Sequence[Tensor], _outputs: Sequence[Tensor], _block: Block) -> bool:
+        mine, theirs = inputs[0].T if across else inputs[0], inputs[1]
+        height = max(1, _BAND // max(theirs[0].numel(), 1))
+        bands = (slice(row, row + height) for row in range(0, len(theirs), height))
+        return all(bool((mine[band].double() == theirs[band].double()).all()) for band in bands)
+
+    return compute
+
+
+def equal_nbytes(shape: Sequence[int]) -> int:
+    """The bytes that `equal_values` takes beside its inputs."""
+    values, row = math.prod(shape), math.prod(shape[1:])
+    return 24 * min(values, max(_BAND, row))

@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from weightops.engine.chunks import memory_for
+from weightops.engine.chunks import check_memory, memory_for
 from weightops.engine.run import Outcome, Progress, ignore, run
-from weightops.errors import MismatchError, UsageError, ValueRefused, quote
+from weightops.errors import Interrupted, MismatchError, UsageError, listing, quote
 from weightops.files.checkpoint import open_checkpoint
+from weightops.files.tensor import TensorSpec
 from weightops.lora.dialects import DIALECTS
 from weightops.lora.pieces import within
 from weightops.lora.rank import RankRule, Spectrum, allocate
-from weightops.ops.difference import Found, equal, looked, spectra
+from weightops.ops.difference import (
+    Found,
+    equal,
+    equal_nbytes,
+    equal_values,
+    looked,
+    not_finite,
+    spectra,
+    spectra_nbytes,
+)
 from weightops.ops.extract_check import check_factors
-from weightops.ops.extract_plan import Matrix, Pair, Wish, pair, plan_extract
-from weightops.ops.produce import check_words, named, produce, stem
-from weightops.ops.report import Unused
+from weightops.ops.extract_pair import Matrix, Pair, Vector, Wish, pair
+from weightops.ops.extract_plan import plan_extract
+from weightops.ops.produce import Planned, check_words, named, produce, stem
+from weightops.ops.report import tensors
 from weightops.plan import Grain, Input, Plan, Task
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
     from weightops.files.tensor import Slot
-    from weightops.ops.report import Report
+    from weightops.naming.slots import Place
+    from weightops.ops.report import Account, Report
 
 # Two models of one architecture that were trained apart differ by √2 of their norm; a finetune by a tenth of it.
 UNRELATED = 0.8
@@ -34,6 +48,7 @@ _SAMPLE = 32 * 1024  # values of each matrix that are looked at first
 
 # Rules that share out ranks over the whole file.
 _OF_THE_FILE = ("size", "error")
+_TRIES = 6  # to come close to a size
 
 
 def extract(
@@ -68,14 +83,16 @@ def extract(
     fewer bytes than its factors is written whole. dialect: kohya, diffusers, peft, comfy, onetrainer. include,
     exclude: globs over module names. biases: those of biases and norms, too. clamp_quantile: clamp both factors as
     other extractors do. dtype: of the factors; keep: the first input's. seed: of the random start of the subspace.
-    allow_unrelated: go on where the two are not finetune and base. memory: bytes in flight (None: 128 MiB, and up to
-    512 MiB for large matrices). Raises WeightopsError.
+    allow_unrelated: go on where the two are not finetune and base. allow_nonfinite: of biases and of what overflows;
+    a matrix that holds NaN or Inf has no factors. memory: bytes in flight (None: 128 MiB, and up to 512 MiB for large
+    matrices). Raises WeightopsError.
 
     The report's `details["modules"]` has for each module the rank, the share of ‖ΔW‖² that its best factors keep
     (`energy`), the relative error of those that were written, and the rounding noise of the inputs, alike.
     """
+    started = time.perf_counter()
     rule, conv_rule = _rules(rank, conv_rank)
-    _check_words(dialect, dtype, clamp_quantile)
+    _check_words(dialect, dtype, clamp_quantile, biases=biases)
     said: dict[str, Any] = {"rank": str(rank), "seed": seed}
     said |= {"conv_rank": str(conv_rank)} if conv_rank is not None else {}
     said |= {"clamp_quantile": clamp_quantile} if clamp_quantile is not None else {}
@@ -88,36 +105,106 @@ def extract(
     with contextlib.ExitStack() as stack:
         opened, other = (stack.enter_context(open_checkpoint(file)) for file in (tuned, base))
         found = pair(opened, other, wish)
-        if strict:
-            found.account.refuse_surprises("--strict")
-        ending = f"-{dialect}" if DIALECTS[dialect].folder else ""
-        target = named(output, f"{stem(opened)[:80]}-{stem(other)[:80]}-lora", ending)
-        target = target.with_suffix("") if output is None and DIALECTS[dialect].folder else target
         running: dict[str, Any] = {"device": device, "threads": threads}
+        work = _Work(found, rule, conv_rule, _target(found, output), memory, force, running, _Bar(on_progress))
+        _refuse_early(work)
         if dry_run:
-            ranks = [_most(m, rule, conv_rule) for m in found.matrices]
-            planned, _ = plan_extract(found, ranks)
-            if rule.kind != "rank":
-                planned.warnings.append(f"--rank {rank} depends on the data: the size is the largest that it can be")
-            return produce("extract", planned, target, memory=memory_for(planned.plan, memory), force=force,
-                           dry_run=True, check=False, on_progress=on_progress, **running)  # fmt: skip
-        _look(found, memory, running, allow_unrelated=allow_unrelated)
-        scans = rule.kind != "rank" or conv_rule.kind != "rank"
-        bars = _bars(on_progress, 2 if scans else 1)
-        ranks = _ranks(found, rule, conv_rule, memory, running, next(bars) if scans else ignore)
-        planned, groups = plan_extract(found, ranks, together=_is_cuda(device))
+            return _foretold(work)
+        report = _extract(work, allow_unrelated=allow_unrelated, verify=verify)
+    report.seconds = time.perf_counter() - started
+    return report
 
-        def then(outcome: Outcome, report: Report) -> None:
-            _say(outcome, found, groups, ranks, report)
 
-        planned.then = then
-        report = produce(
-            "extract", planned, target, memory=memory_for(planned.plan, memory), force=force, dry_run=False,
-            check=False, on_progress=next(bars), **running,
+@dataclass(slots=True)
+class _Work:
+    """What every pass of an extraction needs. bytes_read: by the passes before the last."""
+
+    found: Pair
+    rule: RankRule
+    conv_rule: RankRule
+    target: Path
+    memory: int | None
+    force: bool
+    running: dict[str, Any]
+    bar: _Bar
+    bytes_read: int = 0
+
+    @property
+    def scans(self) -> bool:
+        """Do the data decide the ranks?"""
+        return self.rule.kind != "rank" or self.conv_rule.kind != "rank"
+
+    def rule_of(self, matrix: Matrix) -> RankRule:
+        return self.conv_rule if matrix.is_convolution else self.rule
+
+    def most(self) -> list[int]:
+        """The largest rank that each matrix can get."""
+        return [self.rule_of(m).most(m.out, m.n) for m in self.found.matrices]
+
+    def scan_plan(self, tasks: Sequence[Task]) -> Plan:
+        return Plan((self.found.opened, self.found.base), {}, tuple(tasks))
+
+    def scan(self, tasks: Sequence[Task], on_progress: Progress = ignore) -> list[list[Any]]:
+        """The values of each task's blocks."""
+        plan = self.scan_plan(tasks)
+        if not tasks:
+            return []
+        memory = memory_for(plan, self.memory)
+        outcome = run(plan, None, memory=memory, on_progress=on_progress, **self.running)
+        self.bytes_read += outcome.bytes_read
+        return [outcome.values[n] for n in range(len(tasks))]
+
+    def produce(self, planned: Planned, *, dry_run: bool, memory: int, on_progress: Progress = ignore) -> Report:
+        return produce(
+            "extract", planned, self.target, memory=memory, force=self.force, dry_run=dry_run, check=False,
+            on_progress=on_progress, **self.running,
         )  # fmt: skip
-        if verify:
-            report.verified = check_factors(found, planned.plan, groups, target, report.details["modules"])
-        return report
+
+
+class _Bar:
+    """One bar for several passes: it never goes back."""
+
+    def __init__(self, on_progress: Progress) -> None:
+        self.on_progress = on_progress
+        self.total = 1
+        self.shown = 0
+
+    def part(self, start: float, stop: float) -> Progress:
+        """The progress of a pass that takes the bar from one share of the whole to another."""
+
+        def show(done: int, total: int) -> None:
+            share = start + (stop - start) * (done / total if total else 1.0)
+            self.shown = max(self.shown, min(self.total, round(self.total * share)))
+            self.on_progress(self.shown, self.total)
+
+        return show
+
+
+def _extract(work: _Work, *, allow_unrelated: bool, verify: bool) -> Report:
+    found = work.found
+    begun = _look(work, allow_unrelated=allow_unrelated)
+    _refuse_surprises(found)
+    middle = (1 + begun) / 2 if work.scans else begun
+    ranks, unranked = _ranks(work, work.bar.part(begun, middle))
+    planned, groups = plan_extract(found, ranks, together=_is_cuda(work.running["device"]))
+
+    def then(outcome: Outcome, report: Report) -> None:
+        values = dict(unranked)
+        for task, group in enumerate(groups):
+            values |= dict(zip(group, outcome.values[task][0], strict=True))
+        _say(values, found, ranks, report)
+
+    planned.then = then
+    memory = memory_for(planned.plan, work.memory)
+    report = work.produce(planned, dry_run=False, memory=memory, on_progress=work.bar.part(middle, 1.0))
+    report.bytes_read += work.bytes_read
+    if verify:
+        try:
+            report.verified = check_factors(found, planned.plan, groups, work.target, report.details["modules"])
+        except (Interrupted, KeyboardInterrupt):
+            what = "interrupted while it was verified; it is written, and whole"
+            raise Interrupted(str(work.target), what) from None
+    return report
 
 
 # ------------------------------------------------------------------------------------------------ what was asked
@@ -135,7 +222,7 @@ def _rules(rank: int | str, conv_rank: int | str | None) -> tuple[RankRule, Rank
     return rule, conv_rule
 
 
-def _check_words(dialect: str, dtype: str, clamp_quantile: float | None) -> None:
+def _check_words(dialect: str, dtype: str, clamp_quantile: float | None, *, biases: bool) -> None:
     if dialect not in DIALECTS:
         raise UsageError("--dialect", f"unknown dialect {quote(dialect)}", f"known are {', '.join(DIALECTS)}")
     check_words(dtype, ())
@@ -143,6 +230,16 @@ def _check_words(dialect: str, dtype: str, clamp_quantile: float | None) -> None
         raise UsageError("--dtype", f"{dtype} would leave little of the factors", "fp16 and bf16 are the usual ones")
     if clamp_quantile is not None and not 0.5 < clamp_quantile <= 1:
         raise UsageError("--clamp-quantile", f"found {clamp_quantile}, expected a number over 0.5, up to 1")
+    if biases and DIALECTS[dialect].alpha != "tensor":
+        hint = f"{', '.join(name for name, d in DIALECTS.items() if d.alpha == 'tensor')} have them"
+        raise UsageError("--biases", f"{dialect} has no differences of biases and norms", hint)
+
+
+def _target(found: Pair, output: str | os.PathLike[str] | None) -> Path:
+    is_folder = found.dialect.folder
+    ending = f"-{found.dialect.name}" if is_folder else ""
+    target = named(output, f"{stem(found.opened)[:80]}-{stem(found.base)[:80]}-lora", ending)
+    return target.with_suffix("") if output is None and is_folder else target
 
 
 def _is_cuda(device: str) -> bool:
@@ -151,76 +248,102 @@ def _is_cuda(device: str) -> bool:
     return resolve_device(device) != "cpu"
 
 
-def _most(matrix: Matrix, rule: RankRule, conv_rule: RankRule) -> int:
-    return (conv_rule if matrix.is_convolution else rule).most(matrix.out, matrix.n)
+def _refuse_early(work: _Work) -> None:
+    """What headers tell, before anything takes long: surprises, too little memory, an output that cannot be."""
+    found = work.found
+    _refuse_surprises(found)
+    least = [most if work.rule_of(m).kind == "rank" else 1 for m, most in zip(found.matrices, work.most(), strict=True)]
+    planned, _ = plan_extract(found, least)
+    work.produce(planned, dry_run=True, memory=memory_for(planned.plan, work.memory))
+    if work.scans:
+        plan = work.scan_plan(_spectra_tasks(work))
+        check_memory(plan, memory_for(plan, work.memory))
 
 
-def _bars(on_progress: Progress, count: int) -> Iterator[Progress]:
-    """One bar for several passes over the same bytes."""
+def _refuse_surprises(found: Pair) -> None:
+    account: Account = found.account()
+    surprises = account.surprises() if found.wish.strict else []
+    if surprises:
+        reasons = sorted({u.reason for u in account.unused if not u.asked})
+        raise MismatchError(
+            "--strict",
+            f"{tensors(len(surprises))} would be left out: {listing(surprises)}",
+            f"{'; '.join(reasons[:3])}. Without --strict they are left out, and named",
+        )
 
-    def bar(number: int) -> Progress:
-        return lambda done, total: on_progress(number * total + done, count * total)
 
-    return map(bar, range(count))
+def _foretold(work: _Work) -> Report:
+    """The report of a dry run, with the largest ranks that there can be."""
+    planned, _ = plan_extract(work.found, work.most())
+    planned.warnings.append(
+        "the size is the largest that it can be: "
+        + (f"what --rank {work.found.wish.said['rank']} keeps depends on the data" if work.scans else
+           "what is equal in both is left out")
+    )  # fmt: skip
+    # What was refused for too little memory, was; larger ranks than there will be need more.
+    report = work.produce(planned, dry_run=True, memory=1 << 62)
+    if work.rule.kind == "size":
+        report.bytes_written = min(report.bytes_written, int(work.rule.value))
+    return report
 
 
 # ------------------------------------------------------------------------------------------------ a first look
 
 
-def _look(found: Pair, memory: int | None, running: dict[str, Any], *, allow_unrelated: bool) -> None:
-    """Drop what is equal in both, and refuse what are not finetune and base; before anything takes long."""
-    sampled = _scan(found, [Task(m.name, _sample(m), (), looked, Grain.TENSOR, 64 * _SAMPLE) for m in found.matrices],
-                    memory, running)  # fmt: skip
+def _look(work: _Work, *, allow_unrelated: bool) -> float:
+    """Drop what is equal in both, and refuse what are not finetune and base. The share of the work that it was."""
+    found = work.found
+    tasks = [Task(m.name, _sample(m), (), looked(m), Grain.TENSOR, _sample_nbytes(m)) for m in found.matrices]
+    sampled = [values[0] for values in work.scan(tasks)]
+    for matrix, s in zip(found.matrices, sampled, strict=True):
+        if not math.isfinite(s.delta + s.weight):
+            raise not_finite(matrix.name, (found.opened if math.isfinite(s.weight) else found.base).label)
     delta, weight = math.fsum(s.delta for s in sampled), math.fsum(s.weight for s in sampled)
-    if not math.isfinite(delta + weight):
-        broken = next(m for m, s in zip(found.matrices, sampled, strict=True) if not math.isfinite(s.delta + s.weight))
-        raise ValueRefused(found.opened.label, f"{quote(broken.name)} holds NaN or Inf in one of the two")
     share = math.sqrt(delta / weight) if weight else 0.0
     if share > UNRELATED and not allow_unrelated:
         raise MismatchError(
             found.opened.label,
-            f"and {found.base.label} are not finetune and base: they differ by {share:.0%} of their norm".replace(
-                "%", " %"
-            ),
+            f"and {found.base.label} are not finetune and base: they differ by {100 * share:.0f} % of their norm",
             "a finetune differs by some hundredths; --allow-unrelated extracts all the same",
         )
     likely = [m for m, s in zip(found.matrices, sampled, strict=True) if s.equal]
-    pairs = [(m, a.slot, b.slot) for m in likely for a, b in zip(m.tuned, m.base, strict=True)]
-    pairs = [p for p in pairs if p[1].spec.dtype == p[2].spec.dtype]
-    same = _equal(found, [(a, b) for _, a, b in pairs], memory, running)
-    apart = {id(m) for (m, _, _), is_same in zip(pairs, same, strict=True) if not is_same}
-    compared = {id(m) for m, _, _ in pairs}
-    dropped = [m for m in likely if id(m) in compared and id(m) not in apart]
-    for matrix in dropped:
-        for number, (opened, places) in enumerate(((found.opened, matrix.tuned), (found.base, matrix.base))):
-            reason = f"equal in {found.base.label}" if number == 0 else f"equal in {found.opened.label}"
-            found.account.unused.extend(Unused(at.slot.key, opened.label, reason, asked=True) for at in places)
-    found.matrices = [m for m in found.matrices if m not in dropped]
-    _vectors(found, memory, running)
+    compared = sum(map(_nbytes, likely)) + sum(map(_nbytes, found.vectors))
+    rest = (2 if work.scans else 1) * (sum(map(_nbytes, found.matrices)) - sum(map(_nbytes, likely)))
+    work.bar.total = max(compared + rest, 1)
+    begun = compared / work.bar.total
+    _drop_equal(work, likely, work.bar.part(0.0, begun))
     if not found.matrices and not (found.wish.biases and found.vectors):
-        raise MismatchError(
-            found.opened.label, f"has the very weights of {found.base.label}: there is nothing to extract"
-        )
+        hint = "--biases takes the biases and norms that differ" if found.left_out and found.has_vectors else None
+        what = "weights" if found.left_out else "very weights"
+        what = f"has the {what} of {found.base.label}: there is nothing to extract"
+        raise MismatchError(found.opened.label, what, hint)
+    return begun
 
 
-def _vectors(found: Pair, memory: int | None, running: dict[str, Any]) -> None:
-    """Keep the biases and norms that differ; where they are not asked for, only say that they do."""
-    pairs = [(v.tuned.slot, v.base.slot) for v in found.vectors]
-    alike = [a.spec.dtype == b.spec.dtype for a, b in pairs]
-    same = iter(_equal(found, [p for p, is_alike in zip(pairs, alike, strict=True) if is_alike], memory, running))
-    differ = [v for v, is_alike in zip(found.vectors, alike, strict=True) if not (is_alike and next(same))]
-    kept = differ if found.wish.biases else []
-    for vector in found.vectors:
-        if vector not in kept:
-            reason = "--biases would take it" if vector in differ else "equal in both"
-            found.account.unused.append(Unused(vector.tuned.slot.key, found.opened.label, reason, asked=True))
-            found.account.unused.append(Unused(vector.base.slot.key, found.base.label, reason, asked=True))
-    found.left_out = len(differ) - len(kept)
-    found.vectors = kept
+def _drop_equal(work: _Work, likely: Sequence[Matrix], on_progress: Progress) -> None:
+    """Compare these and all biases and norms whole. Equal ones are left, and biases and norms that nobody asked for."""
+    found = work.found
+    items: list[Matrix | Vector] = [*likely, *found.vectors]
+    owners = [(item, a, b) for item in items for a, b in zip(item.tuned, item.base, strict=True)]
+    same = work.scan([_comparison(a, b) for _, a, b in owners], on_progress)
+    apart = {id(item) for (item, _, _), blocks in zip(owners, same, strict=True) if not all(blocks)}
+    found.equal = [m for m in likely if id(m) not in apart]
+    for matrix in found.equal:
+        found.leave(matrix.tuned, matrix.base, f"equal in {found.base.label}", f"equal in {found.opened.label}")
+    dropped = set(map(id, found.equal))
+    found.matrices = [m for m in found.matrices if id(m) not in dropped]
+    differ = [v for v in found.vectors if id(v) in apart]
+    for vector in (v for v in found.vectors if id(v) not in apart):
+        found.leave(vector.tuned, vector.base, "equal in both", over=True)
+    found.vectors = [v for v in differ if found.wish.biases and v.unsaid is None]
+    kept = set(map(id, found.vectors))
+    for vector in (v for v in differ if id(v) not in kept):  # last, for an equal one may be packed with it
+        found.leave_vector(vector)
+    found.left_out = len(differ) - len(found.vectors)
 
 
 def _sample(matrix: Matrix) -> tuple[Input, ...]:
-    """The same rows from the middle of both."""
+    """The same rows from the middle of both; all of them, where one lies across the other."""
     mine, theirs = matrix.tuned[0].slot, matrix.base[0].slot
     if matrix.tuned[0].transposed != matrix.base[0].transposed:
         return Input(0, mine), Input(1, theirs)
@@ -229,92 +352,112 @@ def _sample(matrix: Matrix) -> tuple[Input, ...]:
     return tuple(Input(n, _rows(slot, start, start + count)) for n, slot in enumerate((mine, theirs)))
 
 
+def _sample_nbytes(matrix: Matrix) -> int:
+    """Both in float64, their difference and its square."""
+    return 48 * max(entry.slot.spec.values for entry in _sample(matrix))
+
+
 def _rows(slot: Slot, start: int, stop: int) -> Slot:
     return replace(slot, spec=slot.spec.with_rows(stop - start), bands=within(slot.bands, ((start, stop),)))
 
 
-def _equal(found: Pair, pairs: Sequence[tuple[Slot, Slot]], memory: int | None, running: dict[str, Any]) -> list[bool]:
-    tasks = [Task(a.key, (Input(0, a), Input(1, b)), (), equal, Grain.TENSOR, raw=True) for a, b in pairs]
-    return _scan(found, tasks, memory, running)
+def _comparison(a: Place, b: Place) -> Task:
+    across = a.transposed != b.transposed
+    inputs = (Input(0, a.slot), Input(1, b.slot))
+    if a.slot.spec.dtype == b.slot.spec.dtype and not across:
+        return Task(a.slot.key, inputs, (), equal, raw=True)
+    return Task(a.slot.key, inputs, (), equal_values(across=across), Grain.TENSOR, equal_nbytes(b.slot.spec.shape))
 
 
-def _scan(
-    found: Pair, tasks: Sequence[Task], memory: int | None, running: dict[str, Any], on_progress: Progress = ignore
-) -> list[Any]:
-    """The value of each task."""
-    if not tasks:
-        return []
-    plan = Plan((found.opened, found.base), {}, tuple(tasks))
-    outcome = run(plan, None, memory=memory_for(plan, memory), on_progress=on_progress, **running)
-    return [outcome.values[n][0] for n in range(len(tasks))]
+def _nbytes(item: Matrix | Vector) -> int:
+    return sum(entry.slot.spec.nbytes for entry in item.inputs())
 
 
 # ------------------------------------------------------------------------------------------------ ranks
 
 
-def _ranks(
-    found: Pair, rule: RankRule, conv_rule: RankRule, memory: int | None, running: dict[str, Any], on_progress: Progress
-) -> list[int]:
-    """A rank for each matrix, after a pass over the data where they decide it."""
-    rules = [conv_rule if m.is_convolution else rule for m in found.matrices]
-    if all(r.kind == "rank" for r in rules):
-        return [r.most(m.out, m.n) for r, m in zip(rules, found.matrices, strict=True)]
-    dtype = found.wish.dtype
-    tasks = []
-    for m in found.matrices:
-        side = min(m.out, m.n)
-        work = (8 if _is_wide(m) else 4) * m.out * m.n + 24 * side * side + (16 << 20)
-        tasks.append(Task(m.name, m.inputs(), (), spectra(m, m.nbytes(dtype)), Grain.TENSOR, work_nbytes=work))
-    found_spectra: list[Spectrum] = _scan(found, tasks, memory, running, on_progress)
-    if rule.kind in _OF_THE_FILE:
-        capped = [
-            replace(s, values=s.values[: r.most(m.out, m.n)]) if r is not rule else s
-            for s, r, m in zip(found_spectra, rules, found.matrices, strict=True)
-        ]
-        return allocate(rule, capped)
+def _spectra_tasks(work: _Work) -> list[Task]:
     return [
-        r.most(m.out, m.n) if r.kind == "rank" else r.choose(s.values, m.out, m.n, s.energy)
-        for s, r, m in zip(found_spectra, rules, found.matrices, strict=True)
+        Task(m.name, m.inputs(), (), spectra(m, _rank_nbytes(work.found, m)), Grain.TENSOR, spectra_nbytes(m))
+        for m in work.found.matrices
     ]
 
 
-def _is_wide(matrix: Matrix) -> bool:
-    return any(at.slot.spec.dtype == "F64" for at in (*matrix.tuned, *matrix.base))
+def _rank_nbytes(found: Pair, matrix: Matrix) -> int:
+    """Of one rank, both factors together."""
+    return TensorSpec(matrix.written(found.wish.dtype), (matrix.out + matrix.n,)).nbytes
+
+
+def _ranks(work: _Work, on_progress: Progress) -> tuple[list[int], dict[int, Found]]:
+    """A rank for each matrix, after a pass over the data where they decide it; and what is lost of those that get none.
+
+    Raises UsageError where nothing would be left.
+    """
+    found, rule = work.found, work.rule
+    if not work.scans:
+        return work.most(), {}
+    results = [values[0] for values in work.scan(_spectra_tasks(work), on_progress)]
+    given: list[Spectrum] = [spectrum for spectrum, _ in results]
+    rules = [work.rule_of(m) for m in found.matrices]
+    if rule.kind in _OF_THE_FILE:
+        capped = [
+            replace(s, values=s.values[: r.most(m.out, m.n)]) if r is not rule else s
+            for s, r, m in zip(given, rules, found.matrices, strict=True)
+        ]
+        ranks = _fit(work, capped) if rule.kind == "size" else allocate(rule, capped)
+    else:
+        ranks = [
+            r.most(m.out, m.n) if r.kind == "rank" else r.choose(s.values, m.out, m.n, s.energy)
+            for s, r, m in zip(given, rules, found.matrices, strict=True)
+        ]
+    if not any(ranks) and not (found.wish.biases and found.vectors):
+        hint = f"one rank of the smallest module takes {min(s.nbytes for s in given):,} bytes, beside the file's header"
+        what = f"{found.wish.said['rank']} leaves no module a rank: there is nothing to write"
+        raise UsageError("--rank", what, hint if rule.kind == "size" else None)
+    return ranks, {n: nothing for n, (_, nothing) in enumerate(results) if not ranks[n]}
+
+
+def _fit(work: _Work, given: Sequence[Spectrum]) -> list[int]:
+    """Ranks of a file that has no more bytes than --rank size: says, its header and biases included."""
+    limit = int(work.rule.value)
+    best, most, left = [0] * len(given), 0, limit
+    for _ in range(_TRIES):  # with each rank or module the header grows a little, too
+        ranks = allocate(replace(work.rule, value=left), given)
+        if not any(ranks):
+            break
+        planned, _ = plan_extract(work.found, ranks)
+        size = work.produce(planned, dry_run=True, memory=1 << 62).bytes_written
+        if most < size <= limit:
+            best, most = ranks, size
+        left += limit - size
+    return best
 
 
 # ------------------------------------------------------------------------------------------------ what is said
 
 
-def _say(outcome: Outcome, found: Pair, groups: Sequence[Sequence[int]], ranks: Sequence[int], report: Report) -> None:
+def _say(values: dict[int, Found], found: Pair, ranks: Sequence[int], report: Report) -> None:
     """Each module's figures into the report, the totals, and all of them in one line."""
-    values: dict[int, Found] = {}
-    for task, group in enumerate(groups):
-        values |= dict(zip(group, outcome.values[task][0], strict=True))
-    rows, delta, weight, lost, kept, noise = [], [], [], [], [], []
-    for number, value in sorted(values.items()):
-        matrix = found.matrices[number]
-        rows.append(_row(matrix, value, ranks[number]))
-        delta.append(value.norm**2)
-        weight.append(value.weight**2)
-        lost.append(value.lost**2)
-        kept.append(value.kept * value.norm**2)
-        noise.append(value.noise**2)
-    report.details["modules"] = rows
-    total = math.fsum(delta)
-    if not total:
-        return
-    error, floor = math.sqrt(math.fsum(lost) / total), math.sqrt(math.fsum(noise) / total)
+    ordered = [values[n] for n in sorted(values)]
+    rows = [_row(found.matrices[n], values[n], ranks[n]) for n in sorted(values)]
+    delta = math.fsum(v.norm**2 for v in ordered)
+    lost, kept = math.fsum(v.lost**2 for v in ordered), math.fsum(v.kept * v.norm**2 for v in ordered)
+    noise = math.fsum(v.noise**2 for v in ordered)
     report.details |= {
-        "delta_norm": math.sqrt(total), "weight_norm": math.sqrt(math.fsum(weight)),
-        "energy": math.fsum(kept) / total, "error": error, "noise": floor,
+        "modules": rows, "delta_norm": math.sqrt(delta), "weight_norm": math.hypot(*(v.weight for v in ordered)),
+        "energy": kept / delta if delta else 1.0, "error": _number(math.sqrt(lost / delta)) if delta else 0.0,
+        "noise": math.sqrt(noise / delta) if delta else 0.0,
     }  # fmt: skip
-    report.details["line"] = _line(report.details, rows)
+    if rows:
+        report.details["line"] = _line(report.details, rows)
     if found.left_out:
-        report.warnings.append(
-            f"{found.left_out:,} biases and norms differ and are left out; --biases takes them as diff_b and w_norm"
-            if found.dialect.alpha == "tensor"
-            else f"{found.left_out:,} biases and norms differ, and {found.dialect.name} has no differences of them"
-        )
+        how = f"{found.left_out:,} {'bias or norm differs' if found.left_out == 1 else 'biases and norms differ'}"
+        if not found.has_vectors:
+            report.warnings.append(f"{how}, and {found.dialect.name} has no differences of them")
+        elif found.wish.biases:
+            report.warnings.append(f"{how} that {found.dialect.name} cannot say; they are named among the unused")
+        else:
+            report.warnings.append(f"{how} and would come with --biases, as diff_b and w_norm")
 
 
 def _row(matrix: Matrix, value: Found, rank: int) -> dict[str, Any]:
@@ -322,15 +465,25 @@ def _row(matrix: Matrix, value: Found, rank: int) -> dict[str, Any]:
     whole, most = value.method == "whole", min(matrix.out, matrix.n)
     return {
         "name": matrix.name, "rank_before": most, "rank": most if whole else rank,
-        "energy": value.kept, "error": value.lost / norm, "delta_norm": value.norm, "weight_norm": value.weight,
-        "noise": value.noise / norm, "ranks_above_noise": None if whole else value.above, "method": value.method,
+        "energy": value.kept, "error": _number(value.lost / norm), "delta_norm": value.norm,
+        "weight_norm": value.weight, "noise": value.noise / norm,
+        "ranks_above_noise": value.above if rank and not whole else None, "method": value.method,
     }  # fmt: skip
 
 
+def _number(value: float) -> float | None:
+    """None for what is no number: factors that overflowed, and were let."""
+    return value if math.isfinite(value) else None
+
+
 def _line(details: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    size = details["delta_norm"] / details["weight_norm"] if details["weight_norm"] else math.inf
+    size = (
+        f"{_percent(details['delta_norm'] / details['weight_norm'])} of"
+        if details["weight_norm"]
+        else "without end beside"
+    )
     said = (
-        f"The difference is {_percent(size)} of the base's norm; the LoRA holds {_percent(details['energy'])} of its "
+        f"The difference is {size} the base's norm; the LoRA holds {_percent(details['energy'])} of its "
         f"energy, relative error {_percent(details['error'])}; rounding of the inputs alone makes about "
         f"{_percent(details['noise'])} of it"
     )
@@ -343,5 +496,5 @@ def _line(details: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     return said
 
 
-def _percent(share: float) -> str:
-    return f"{share:.2%}".replace("%", " %")
+def _percent(share: float | None) -> str:
+    return "unbounded" if share is None else f"{100 * share:.2f} %"

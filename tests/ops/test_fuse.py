@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,12 +13,19 @@ from conftest import save
 from safetensors.torch import load_file
 from torch import Tensor
 
-from weightops.errors import MismatchError, UsageError, WeightopsError
+from weightops.errors import Interrupted, MismatchError, OutputError, UsageError, WeightopsError
+from weightops.files.checkpoint import open_checkpoint
+from weightops.naming.identify import identify
+from weightops.ops import produce
 from weightops.ops.fuse import fuse, parse
+from weightops.ops.fuse_plan import Wish, plan_fuse
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "naming"))
 
 from tagged import from_canonical, needs_lists, shapes_of, to_canonical
+
+if TYPE_CHECKING:
+    from weightops.plan import Plan
 
 FLUX = "orig_flux_dev_bfl"
 
@@ -229,3 +237,172 @@ def test_a_strength_stands_after_a_colon_and_a_drive_letter_is_none(text: str, f
 def test_strengths_are_finite_numbers() -> None:
     with pytest.raises(UsageError, match="found strength nan, expected a finite number"):
         parse(("a.safetensors", math.nan))
+
+
+# ------------------------------------------------------------------------------------------------ every key
+
+
+def small(*, bias: bool = True) -> dict[str, Tensor]:
+    found = {"layers.0.proj.weight": torch.randn(8, 6)}
+    return {**found, "layers.0.proj.bias": torch.randn(8)} if bias else found
+
+
+def small_lora(
+    name: str = "lora_unet_layers_0_proj", down: str = "lora_down", up: str = "lora_up"
+) -> dict[str, Tensor]:
+    return {f"{name}.{down}.weight": torch.randn(2, 6), f"{name}.{up}.weight": torch.randn(8, 2)}
+
+
+@pytest.mark.parametrize("family", ["diff", "lora"])
+def test_of_a_module_without_its_bias_the_weight_is_used_and_the_bias_is_not(family: str) -> None:
+    save(Path("base.safetensors"), small(bias=False))
+    bias, lora = {
+        "diff": ("lora_unet_layers_0_proj.diff_b", {"lora_unet_layers_0_proj.diff": torch.randn(8, 6)}),
+        "lora": (
+            "base_model.model.layers.0.proj.lora_B.bias",
+            small_lora("base_model.model.layers.0.proj", "lora_A", "lora_B"),
+        ),
+    }[family]
+    save(Path("lora.safetensors"), {**lora, bias: torch.randn(8)})
+    report = fuse("base.safetensors", "lora.safetensors", output="out.safetensors")
+    assert not torch.equal(load_file("out.safetensors")["layers.0.proj.weight"],
+                           load_file("base.safetensors")["layers.0.proj.weight"])  # fmt: skip
+    assert [(u.key, u.reason) for u in report.account.unused] == [(bias, "base.safetensors has no layers.0.proj.bias")]
+    assert set(lora) <= set(report.account.used)
+    assert report.warnings
+    with pytest.raises(MismatchError, match=f"--strict: 1 tensor would not be used: '{bias}'"):
+        fuse("base.safetensors", "lora.safetensors", output="strict.safetensors", strict=True)
+
+
+def clip(start: str) -> dict[str, Tensor]:
+    """A tiny CLIP's names, all of them after `start`."""
+    base = {}
+    for layer in range(2):
+        at = f"{start}.encoder.layers.{layer}"
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"):
+            base |= {f"{at}.{name}.weight": torch.randn(16, 16), f"{at}.{name}.bias": torch.randn(16)}
+        for name, (out, features) in {"mlp.fc1": (32, 16), "mlp.fc2": (16, 32)}.items():
+            base |= {f"{at}.{name}.weight": torch.randn(out, features), f"{at}.{name}.bias": torch.randn(out)}
+        for name in ("layer_norm1", "layer_norm2"):
+            base |= {f"{at}.{name}.weight": torch.randn(16), f"{at}.{name}.bias": torch.randn(16)}
+    base |= {f"{start}.final_layer_norm.{leaf}": torch.randn(16) for leaf in ("weight", "bias")}
+    base |= {f"{start}.embeddings.{n}_embedding.weight": torch.randn(77, 16) for n in ("token", "position")}
+    return base
+
+
+@needs_lists
+def test_of_a_packed_projection_a_module_that_is_not_there_is_named() -> None:
+    base = weights(tiny(FLUX), torch.float32)
+    own = from_canonical("flux_transformer", "diffusers", to_canonical("flux_transformer", "original", base))
+    lost = "transformer_blocks.0.attn.to_v"
+    save(Path("base.safetensors"), {k: t.contiguous() for k, t in own.items() if not k.startswith(f"{lost}.")})
+    save(Path("lora.safetensors"), flux_lora(["double_blocks.0.img_attn.qkv"]))
+    report = fuse("base.safetensors", "lora.safetensors", output="out.safetensors")
+    assert report.warnings == [
+        "lora.safetensors: a part of lora_unet_double_blocks_0_img_attn_qkv is not used: "
+        f"base.safetensors has no {lost}.weight"
+    ]
+
+
+def test_a_known_part_of_an_unknown_model_is_written_once() -> None:
+    """Its text encoder has canonical names too; by these it would be copied over what was fused."""
+    start = "cond_stage_model.transformer.text_model"
+    base = {"model.diffusion_model.strange.proj.weight": torch.randn(8, 6), **clip(start)}
+    save(Path("base.safetensors"), base)
+    module = f"{start}.encoder.layers.0.self_attn.q_proj"
+    up, down = torch.randn(16, 2), torch.randn(2, 16)
+    save(Path("lora.safetensors"), {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up})
+    opened, lora = open_checkpoint("base.safetensors"), open_checkpoint("lora.safetensors")
+    with opened, lora:
+        assert identify(opened.tensors).architecture is None
+        assert identify(opened.tensors).parts["text_encoder"].match is not None
+        planned, _ = plan_fuse(opened, [lora], Wish(lambda *_: 1.0))
+    filled = [slot.key for task in planned.plan.tasks for slot in task.outputs]
+    assert sorted(filled) == sorted(base)
+    fuse("base.safetensors", "lora.safetensors", output="out.safetensors")
+    found = load_file("out.safetensors")[f"{module}.weight"]
+    assert torch.allclose(found, base[f"{module}.weight"] + up @ down, atol=1e-5)
+
+
+def test_a_lora_of_other_models_is_refused_with_no_word_of_options_that_fuse_lacks() -> None:
+    save(Path("clip.safetensors"), clip("text_model"))
+    module = "text_model.encoder.layers.0.self_attn.q_proj"
+    save(Path("lora.safetensors"), {f"{module}.lora_A.weight": torch.randn(2, 16),
+                                    f"{module}.lora_B.weight": torch.randn(16, 2)})  # fmt: skip
+    with pytest.raises(MismatchError, match=r"is for one of flux, .*, but clip\.safetensors is clip") as caught:
+        fuse("clip.safetensors", "lora.safetensors", output="out.safetensors")
+    assert caught.value.hint is None
+
+
+def test_a_lora_that_names_a_module_in_two_ways_is_refused() -> None:
+    save(Path("base.safetensors"), small())
+    other = small_lora("diffusion_model.layers.0.proj", "lora_A", "lora_B")
+    save(Path("lora.safetensors"), {**small_lora(), **other})
+    with pytest.raises(MismatchError, match=r"lora\.safetensors: 'diffusion_model\.layers\.0\.proj' and "
+                       r"'lora_unet_layers_0_proj' both change layers\.0\.proj"):  # fmt: skip
+        fuse("base.safetensors", "lora.safetensors", output="out.safetensors")
+    save(Path("one.safetensors"), small_lora())
+    fuse("base.safetensors", "one.safetensors:0.5", "one.safetensors:0.5", output="twice.safetensors")
+    fuse("base.safetensors", "one.safetensors", output="once.safetensors")
+    once, twice = (load_file(f"{name}.safetensors")["layers.0.proj.weight"] for name in ("once", "twice"))
+    assert torch.allclose(once, twice, atol=1e-6)
+
+
+def test_a_strength_for_text_encoders_that_changes_nothing_is_said() -> None:
+    save(Path("base.safetensors"), small())
+    save(Path("lora.safetensors"), small_lora())
+    report = fuse("base.safetensors", "lora.safetensors", text_encoder=0.0, output="out.safetensors")
+    said = "--text-encoder changes nothing: no LoRA here is known to change a text encoder"
+    assert report.warnings == [said]
+
+
+# ------------------------------------------------------------------------------------------------ embeddings
+
+
+def bundle() -> dict[str, Tensor]:
+    return {**small_lora(), "bundle_emb.cat.string_to_param.*": torch.randn(2, 4)}
+
+
+def test_embeddings_that_are_copied_out_are_used_also_when_strict() -> None:
+    save(Path("base.safetensors"), small())
+    save(Path("lora.safetensors"), bundle())
+    with pytest.raises(MismatchError, match="--strict"):
+        fuse("base.safetensors", "lora.safetensors", output="out.safetensors", strict=True)
+    report = fuse("base.safetensors", "lora.safetensors", output="out.safetensors", strict=True, embeddings="words")
+    assert report.account.unused == []
+    assert "bundle_emb.cat.string_to_param.*" in report.account.copied
+    assert list(load_file("words/cat.safetensors")) == ["emb_params"]
+
+
+@pytest.mark.parametrize("output", ["words/model.safetensors", "out.safetensors"])
+def test_no_folder_of_embeddings_replaces_what_belongs_to_the_work(output: str) -> None:
+    """With --force the folder would be replaced by one of embeddings alone."""
+    Path("words").mkdir()
+    base = Path("words/model.safetensors") if output == "out.safetensors" else Path("base.safetensors")
+    save(base, small())
+    save(Path("lora.safetensors"), bundle())
+    with pytest.raises(UsageError, match=r"--embeddings: 'words' holds 'words/model\.safetensors'"):
+        fuse(base, "lora.safetensors", output=output, embeddings="words", force=True)
+    assert base.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OutputError("words", "no room"), KeyboardInterrupt(), Interrupted("", "interrupted: nothing was written")],
+    ids=lambda e: type(e).__name__,
+)
+def test_an_error_after_the_output_is_written_says_so(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(Path("base.safetensors"), small())
+    save(Path("lora.safetensors"), bundle())
+    inner = produce.run
+
+    def fails_then(plan: Plan, output: Path, **words: Any) -> Any:
+        if plan.files:
+            raise error
+        return inner(plan, output, **words)
+
+    monkeypatch.setattr(produce, "run", fails_then)
+    with pytest.raises(WeightopsError, match=r"'out\.safetensors' is written, and whole"):
+        fuse("base.safetensors", "lora.safetensors", output="out.safetensors", embeddings="words")
+    assert Path("out.safetensors").exists()
+    assert not Path("words").exists()

@@ -197,7 +197,8 @@ class _Run:
         self._live: set[threading.Lock] = set()  # one for each thread, to be taken by who answers for its end
         self._ended = threading.Condition()
         self._feed = threading.Lock()
-        # A chunk takes no more than chunk_target or one block, and both fit beside what the other workers keep.
+        # A chunk takes no more than chunk_target, a sixth where much is shared, or one block: each fits beside what the
+        # other workers keep.
         self._chunks = self._looking_ahead(cut(plan, memory))
         self._state = threading.Lock()
         self._computing = threading.Semaphore(threads)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightops.merging.method import WORKING_VALUES, store
-from weightops.merging.rounding import generator_for, store_stochastic
-from weightops.ops.products import add_products, are_products, factors
+from weightops.engine.chunks import BLOCK_VALUES
+from weightops.merging.method import WORKING_VALUES
+from weightops.merging.rounding import generator_for
+from weightops.ops.products import TILE_VALUES, add_products, are_products, factors, store_rounded
 from weightops.ops.survival import Survival, survival, together
 
 if TYPE_CHECKING:
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from weightops.files.tensor import TensorSpec
     from weightops.lora.family import Family, Parts, Told
     from weightops.lora.pieces import Bands
-    from weightops.plan import Block
+    from weightops.plan import Block, Input
 
 # Values of a weight that are changed at a stroke: larger bands leave the cache between one operation and the next.
 BAND_VALUES = 2 * WORKING_VALUES
@@ -79,14 +81,50 @@ def fused(
             changes, given, parts, wide=wide, start=block.start, whole=whole, transposed=transposed, scale=scale
         ):
             written = out[band]
-            if generator is None:
-                store(result, written)
-            else:
-                store_stochastic(result, written, generator)
+            store_rounded(result, written, generator)
             found.append(survival(weight, result, written, other))
         return together(found)
 
     return compute
+
+
+def copies_of(changes: Sequence[Change], parts: Sequence[Input], given: TensorSpec, rows: int) -> int:
+    """The values of working copies of the parts, while so many rows of the weight are changed at a stroke."""
+    found = 0
+    for (change, part), entry in zip(_flat(changes), parts, strict=True):
+        read = entry.slot.spec
+        found += 2 * min(rows * read.row_values, read.values) if part in change.cut else read.values
+        if part in _CORES:
+            found += 2 * read.rows * given.row_values
+    return found
+
+
+def work_nbytes(
+    changes: Sequence[Change], parts: Sequence[Input], given: TensorSpec, made: TensorSpec, *, seed: int | None,
+    whole: bool, scaled: bool,
+) -> int:  # fmt: skip
+    """The most that the compute function of `fused` takes beside its inputs and outputs, of `given` and `made`.
+
+    Measured, as a test does: copies of what is changed at a stroke, and of the parts.
+    """
+    size, several = 8 if {given.dtype, made.dtype} & {"F32", "F64"} else 4, len(changes) > 1
+    by_chance = 14 * size * min(given.values, WORKING_VALUES) if seed is not None else 0
+    if size == 4 and are_products(changes) and not (whole or scaled):
+        tile = min(given.values, TILE_VALUES)
+        factors_nbytes = 4 * copies_of(changes, parts, given, max(1, BLOCK_VALUES // max(given.row_values, 1)))
+        tiles_nbytes = max(4 * (6 if made.dtype.startswith("F8") else 4) * tile, 12 * tile + by_chance)
+        return factors_nbytes * (2 if several else 1) + tiles_nbytes + _SMALL
+    rows = given.rows if whole else min(given.rows, max(1, BAND_VALUES // max(given.row_values, 1)))
+    stroke = rows * max(given.row_values, made.row_values)
+    copies = (7 if several else 6) if whole else (9 if several else 7)
+    most = max(size * copies * stroke, size * 3 * stroke + by_chance)
+    return size * copies_of(changes, parts, given, rows) + most + _SMALL
+
+
+# Bytes of tensors of a few numbers.
+_SMALL = 1 << 12
+# Parts with which others are multiplied to something as wide as the weight.
+_CORES = ("mid", "hada_t1", "hada_t2", "lokr_t2")
 
 
 def changed_bands(

@@ -16,7 +16,7 @@ from weightops.files.dtypes import DTYPE_WORDS
 from weightops.merging.method import WORKING_VALUES, store
 from weightops.merging.rounding import generator_for, store_stochastic
 from weightops.naming.identify import quantised
-from weightops.ops.changes import BAND_VALUES, changed_bands
+from weightops.ops.changes import changed_bands, work_nbytes
 from weightops.ops.survival import Survival, survival, together
 from weightops.plan import Grain, Input, Task
 
@@ -127,21 +127,14 @@ def _json(opened: Checkpoint, key: str, data: bytes) -> Any:
 class Band:
     """The rows of one module among those that have a scale in common, and what changes them; nothing, perhaps.
 
-    parts: the inputs of the changes. values: of working copies of them. whole: the rows depend on each other.
+    parts: the inputs of the changes. whole: the rows depend on each other.
     """
 
     slot: Slot
     to: Slot
     parts: tuple[Input, ...] = ()
     changes: tuple[Change, ...] = ()
-    values: int = 0
     whole: bool = False
-
-    @property
-    def stroke(self) -> int:
-        """The values that are changed at once."""
-        spec = self.to.spec
-        return spec.values if self.whole else min(spec.values, max(BAND_VALUES, spec.row_values))
 
 
 def requantising(label: str, bands: Sequence[Band], scale: Slot, *, seed: int | None, other: str | None) -> Task:
@@ -150,9 +143,11 @@ def requantising(label: str, bands: Sequence[Band], scale: Slot, *, seed: int | 
     inputs = (*given, *(part for band in bands for part in band.parts))
     outputs = (*(band.to for band in bands), scale)
     compute = _requantise(bands, scale.spec.dtype, name=label, seed=seed, other=other)
-    # Six copies of what is changed at a stroke, in float32; and what it takes to round a piece of it.
-    work = 4 * max(band.values + 6 * band.stroke for band in bands)
-    work += (24 if seed is None else 80) * WORKING_VALUES
+    # What it takes to change a stroke, and to round a piece of it.
+    work = max(
+        work_nbytes(band.changes, band.parts, band.slot.spec, band.to.spec, seed=None, whole=band.whole, scaled=True)
+        for band in bands
+    ) + (24 if seed is None else 80) * WORKING_VALUES  # fmt: skip
     return Task(label, inputs, outputs, compute, Grain.TENSOR, work_nbytes=work, tolerance=_TOLERANCE)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightops.engine.chunks import DEFAULT_MEMORY, memory_for
 from weightops.engine.run import Outcome, Progress, ignore, import_torch_ahead
-from weightops.errors import UsageError, quote
+from weightops.errors import Interrupted, UsageError, WeightopsError, quote
 from weightops.files.checkpoint import open_checkpoint
 from weightops.merging.rounding import ROUNDINGS
 from weightops.ops.embeddings import plan_embeddings
@@ -22,7 +22,7 @@ from weightops.ops.undo import Undo
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from weightops.ops.report import Report
     from weightops.ops.survival import Survival
@@ -82,9 +82,13 @@ def fuse(
         opened = stack.enter_context(open_checkpoint(checkpoint))
         files = [stack.enter_context(open_checkpoint(file)) for file, _ in asked]
 
+        in_text: set[str] = set()
+
         def strength(number: int, component: str, _module: str) -> float:
-            of_text = component.startswith("text_encoder") and text_encoder is not None
-            return text_encoder if of_text and text_encoder is not None else asked[number][1]
+            if text_encoder is None or not component.startswith("text_encoder"):
+                return asked[number][1]
+            in_text.add(component)
+            return text_encoder
 
         said: dict[str, Any] = {"strengths": [s for _, s in asked], "text_encoder": text_encoder, "rounding": rounding}
         if rounding == "stochastic":
@@ -92,8 +96,10 @@ def fuse(
         if lokr_rank is not None:
             said["lokr_rank"] = lokr_rank
         drawn = seed if rounding == "stochastic" else None
-        wish = Wish(strength, dtype, drawn, strict, allow_nonfinite, lokr_rank, said)
+        wish = Wish(strength, dtype, drawn, strict, allow_nonfinite, lokr_rank, embeddings is not None, said)
         planned, modules = plan_fuse(opened, files, wish)
+        if text_encoder is not None and not in_text:
+            planned.warnings.append("--text-encoder changes nothing: no LoRA here is known to change a text encoder")
         planned.summary = _in_words(stem(opened), [(stem(f), s) for f, (_, s) in zip(files, asked, strict=True)])
         stems = [stem(f)[:60] + ("" if s == 1 else f"-{s:g}") for f, (_, s) in zip(files, asked, strict=True)]
         target = named(output, "+".join([stem(opened)[:60], *stems]))
@@ -110,6 +116,8 @@ def fuse(
             planned.plan = beside.plan
         bundled = None
         if embeddings is not None:
+            given = [checkpoint, *(file for file, _ in asked)]
+            _check_apart(Path(embeddings), [target, *map(Path, [*given, *([] if undo is None else [undo])])])
             bundled = functools.partial(
                 produce, "fuse", plan_embeddings(files), Path(embeddings), memory=DEFAULT_MEMORY, device="cpu",
                 threads=1, force=force, check=False, on_progress=ignore,
@@ -120,11 +128,8 @@ def fuse(
             force=force, dry_run=dry_run, check=verify, on_progress=on_progress, beside=beside,
         )  # fmt: skip
         if bundled is not None:
-            told = bundled(dry_run=dry_run)
+            told = bundled(dry_run=True) if dry_run else _after(target, lambda: bundled(dry_run=False))
             report.details["embeddings"] = {"output": str(embeddings), "bytes_written": told.bytes_written}
-            copied = set(told.account.copied)
-            report.account.unused = [u for u in report.account.unused if u.key not in copied]
-            report.account.copied += sorted(copied)
         if beside is not None:
             report.details["undo"] = {
                 "output": str(undo), "bytes_written": beside.largest_nbytes if dry_run else beside.written,
@@ -144,6 +149,26 @@ def parse(lora: str | os.PathLike[str] | tuple[str | os.PathLike[str], float]) -
     if not math.isfinite(strength):
         raise UsageError(str(file), f"found strength {strength}, expected a finite number")
     return file, strength
+
+
+def _check_apart(folder: Path, others: Sequence[Path]) -> None:
+    """Refuse a folder for embeddings in which something else of this work lies: --force would replace all of it."""
+    with contextlib.suppress(OSError, ValueError):
+        whole = folder.resolve()
+        for other in others:
+            if whole in (other.resolve(), *other.resolve().parents):
+                raise UsageError("--embeddings", f"{str(folder)!r} holds {str(other)!r}", "name a new folder")
+
+
+def _after(output: Path, copy_out: Callable[[], Report]) -> Report:
+    """What follows when the output is written; an error says that it is."""
+    try:
+        return copy_out()
+    except (Interrupted, KeyboardInterrupt):
+        what = f"interrupted while embeddings were copied out; {str(output)!r} is written, and whole"
+        raise Interrupted("--embeddings", what) from None
+    except WeightopsError as e:
+        raise type(e)(e.where, f"{e.what}; {str(output)!r} is written, and whole", e.hint) from None
 
 
 def _in_words(base: str, loras: Sequence[tuple[str, float]]) -> str:

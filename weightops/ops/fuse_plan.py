@@ -7,20 +7,20 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
-from weightops.engine.chunks import BLOCK_VALUES
-from weightops.errors import FormatError, MismatchError, UsageError, quote
+from weightops.errors import FormatError, MismatchError, UsageError, listing, quote
 from weightops.files.dtypes import ARITHMETIC
 from weightops.files.tensor import Slot, TensorSpec
 from weightops.lora.adapters import Adapter, AdapterFile, read_adapters, strengths
-from weightops.lora.family import Told, changed_shape, grain_of
+from weightops.lora.family import MODIFIERS, Told, changed_shape, grain_of
 from weightops.lora.pieces import Piece, Window, sources, take_apart
 from weightops.naming.identify import Identity, identify
 from weightops.naming.keymap import Rule, Table, swaps
 from weightops.naming.slots import Place, place
-from weightops.ops.changes import BAND_VALUES, Change, fused
+from weightops.ops.changes import Change, fused, work_nbytes
+from weightops.ops.extract_pair import own_beginning
 from weightops.ops.fp8 import METADATA, Band, check_dtype, dequantising, is_mark, requantising, scales_of
 from weightops.ops.produce import Planned, kept_metadata, stem
-from weightops.ops.report import Account, Unused
+from weightops.ops.report import Account, Unused, tensors
 from weightops.ops.respell import becomes, carry
 from weightops.plan import Grain, Input, Plan, Task
 
@@ -42,6 +42,7 @@ class Wish:
     """What was asked of a fuse. strength: of a LoRA (its number) in a component and canonical module.
 
     lokr_rank: by which alpha is divided where a LoKr has two whole factors; None: these are as strong as they stand.
+    embeddings: those that LoRAs carry along are copied elsewhere.
     """
 
     strength: Callable[[int, str, str], float]
@@ -50,6 +51,7 @@ class Wish:
     strict: bool = False
     allow_nonfinite: bool = False
     lokr_rank: int | None = None
+    embeddings: bool = False
     said: dict[str, Any] = field(default_factory=dict)
 
 
@@ -121,7 +123,7 @@ def plan_fuse(opened: Checkpoint, loras: Sequence[Checkpoint], wish: Wish) -> tu
     _write(state)
     state.account.unused.extend(Unused(path, opened.label, why, asked=True) for path, why in opened.left_out)
     if wish.strict:
-        state.account.refuse_surprises("--strict")
+        _refuse_surprises(state)
     recipe = {"command": "fuse", "version": __version__, "dtype": wish.dtype, **wish.said}
     plan = Plan(
         (opened, *loras), state.outputs, tuple(state.tasks),
@@ -130,6 +132,16 @@ def plan_fuse(opened: Checkpoint, loras: Sequence[Checkpoint], wish: Wish) -> tu
     )  # fmt: skip
     words = f"{stem(opened)} + " + " + ".join(stem(lora) for lora in loras)
     return Planned(plan, state.account, words, _groups(state), state.warnings), state.modules
+
+
+def _refuse_surprises(state: _State) -> None:
+    found = state.account.surprises()
+    if found:
+        reasons = list(dict.fromkeys(u.reason for u in state.account.unused if not u.asked))
+        raise MismatchError(
+            "--strict", f"{tensors(len(found))} would not be used: {listing(found)}",
+            f"{'; '.join(reasons[:3])}. Without --strict they are left out, and named",
+        )  # fmt: skip
 
 
 def _check(opened: Checkpoint, identity: Identity) -> None:
@@ -149,10 +161,9 @@ def _place(state: _State) -> None:
             for name, found in place(part.match.table, part.bodies, state.opened.tensors).places.items():
                 state.places[component, name] = found
     if state.identity.architecture is None or not state.places:
+        state.places.clear()  # those of a known text encoder would be a second way to the same rows
         modules = {key.rpartition(".")[0] for key in state.opened.tensors if key.endswith((".weight", ".bias"))}
-        for beginning in ("model.diffusion_model.", "diffusion_model.", ""):
-            if beginning == "" or all(m.startswith(beginning) for m in modules):
-                break
+        beginning = own_beginning(modules)
         try:
             rules = [Rule(m.removeprefix(beginning), (m,)) for m in sorted(modules)]
             state.own = Table("the checkpoint", "its own", rules)
@@ -168,6 +179,11 @@ def _take(state: _State, number: int, lora: Checkpoint) -> None:
     if not found.adapters and not found.indexed:
         raise MismatchError(lora.label, "holds no adapter modules", "inspect shows what it is")
     if state.own is None:
+        if found.architecture is None and found.possible:
+            what = (
+                f"is for one of {', '.join(found.possible)}, but {state.opened.label} is {state.identity.architecture}"
+            )
+            raise MismatchError(lora.label, what)
         found.check()
         if found.architecture not in (None, state.identity.architecture):
             raise MismatchError(
@@ -177,8 +193,11 @@ def _take(state: _State, number: int, lora: Checkpoint) -> None:
         _check_generic(found)
     alphas = strengths(lora, found)
     specs = {key: info.spec for key, info in lora.tensors.items()}
-    for key in found.embeddings:
-        state.account.unused.append(Unused(key, lora.label, "an embedding: prompts use it, no weight holds it", False))
+    if state.wish.embeddings:
+        state.account.copied.extend(found.embeddings)
+    else:
+        why = "an embedding: prompts use it, no weight holds it"
+        state.account.unused.extend(Unused(key, lora.label, why, asked=False) for key in found.embeddings)
     for adapter in found.adapters:
         alpha, told = alphas.get(adapter.name, (None, Told()))
         if adapter.family.name == "lokr" and adapter.rank is None and alpha is not None and state.wish.lokr_rank:
@@ -190,11 +209,9 @@ def _take(state: _State, number: int, lora: Checkpoint) -> None:
         if isinstance(pieces, str):
             _unused(state, lora, adapter, pieces)
             continue
-        reasons = [_job(state, number, lora, piece, told, [p.name for p in pieces]) for piece in pieces]
-        if all(reason is not None for reason in reasons):
-            _unused(state, lora, adapter, next(r for r in reasons if r is not None))
-        else:
-            state.account.used.extend(adapter.keys.values())
+        names = [piece.name for piece in pieces]
+        reasons = [_job(state, number, lora, piece, told, names) for piece in pieces]
+        _account(state, lora, adapter, reasons)
     state.account.unused.extend(Unused(path, lora.label, why, asked=True) for path, why in lora.left_out)
 
 
@@ -206,6 +223,28 @@ def _check_generic(found: AdapterFile) -> None:
 
 def _unused(state: _State, lora: Checkpoint, adapter: Adapter, reason: str) -> None:
     state.account.unused.extend(Unused(key, lora.label, reason, asked=False) for key in adapter.keys.values())
+
+
+def _account(state: _State, lora: Checkpoint, adapter: Adapter, reasons: Sequence[dict[str, str]]) -> None:
+    """Each key of an adapter: used where some leaf of some module takes it, else with the reason why none does.
+
+    reasons: of each piece, the leaves that it does not change after all.
+    """
+    parts = {"weight": adapter.family.changes_weight(adapter.keys), "bias": adapter.family.changes_bias(adapter.keys)}
+    leaves = [leaf for leaf, does in parts.items() if does]
+    lost = {leaf: [found[leaf] for found in reasons if leaf in found] for leaf in leaves}
+    whole = {leaf for leaf in leaves if len(lost[leaf]) == len(reasons)}
+    if whole == set(leaves):
+        _unused(state, lora, adapter, next((why for leaf in leaves for why in lost[leaf]), "changes nothing"))
+        return
+    for part, key in adapter.keys.items():
+        leaf = "bias" if part in adapter.family.of_bias else "weight"
+        if leaf in whole and part not in MODIFIERS:
+            state.account.unused.append(Unused(key, lora.label, lost[leaf][0], asked=False))
+        else:
+            state.account.used.append(key)
+    if "weight" in lost and "weight" not in whole:
+        state.warnings += [f"{lora.label}: a part of {adapter.name} is not used: {why}" for why in lost["weight"]]
 
 
 class _Dense:
@@ -304,19 +343,19 @@ _CONTROLLED = ("flux", "x_embedder")
 
 def _job(
     state: _State, number: int, lora: Checkpoint, piece: Piece, told: Told, names: Sequence[str]
-) -> str | None:  # fmt: skip
-    """Put the piece to the tensors that it changes; the reason where there is none."""
+) -> dict[str, str]:  # fmt: skip
+    """Put the piece to the tensors that it changes; the leaves that are not there, with the reasons."""
     strength = state.wish.strength(number, piece.component, piece.name)
-    reason: str | None = f"{state.opened.label} has no {piece.name}"
+    reasons: dict[str, str] = {}
     for leaf, does in (("weight", piece.family.changes_weight), ("bias", piece.family.changes_bias)):
         if not does(piece.parts):
             continue
         name = (piece.component, f"{piece.name}.{leaf}")
         at = state.places.get(name)
         if at is None:
-            reason = f"{state.opened.label} has no {piece.name}.{leaf}"
+            reasons[leaf] = f"{state.opened.label} has no {piece.name}.{leaf}"
             if leaf == "bias":
-                state.warnings.append(f"{lora.label}: {piece.adapter} changes a bias, and {reason}")
+                state.warnings.append(f"{lora.label}: {piece.adapter} changes a bias, and {reasons[leaf]}")
             continue
         shape = _shape_then(state, piece, at) if leaf == "weight" else _shape_of_bias(piece, at)
         if shape is None:
@@ -334,9 +373,13 @@ def _job(
         if (len(keys) > 1 or at.transposed) and not keys.isdisjoint(state.scales):
             what = f"{quote(piece.adapter)} needs more than one scaled weight at once, {quote(at.slot.key)} among them"
             raise MismatchError(lora.label, what, "fuse into the fp16, bf16 or fp32 release instead")
-        state.jobs.setdefault(name, []).append(Job(number, piece, told, strength, leaf == "bias", shape, frame))
-        reason = None
-    return reason
+        jobs = state.jobs.setdefault(name, [])
+        other = next((j.piece for j in jobs if j.lora == number and j.piece.family is piece.family), None)
+        if other is not None:
+            what = f"{quote(other.adapter)} and {quote(piece.adapter)} both change {piece.name}"
+            raise MismatchError(lora.label, what, "one of them would be added twice; take one of them out")
+        jobs.append(Job(number, piece, told, strength, leaf == "bias", shape, frame))
+    return reasons
 
 
 def _shape_of_bias(piece: Piece, at: Place) -> Shape | None:
@@ -423,15 +466,13 @@ def _requantise(state: _State, places: Sequence[tuple[Name, Place]], scale: Slot
     state.tasks.append(requantising(", ".join(changed), bands, scale, seed=state.wish.seed, other=other))
 
 
-def _changes(state: _State, name: Name, at: Place) -> tuple[tuple[Input, ...], tuple[Change, ...], int, bool]:
-    """What the jobs do to a tensor: their inputs, the changes, the values of working copies of the inputs, and whether
-    its rows depend on each other."""
+def _changes(state: _State, name: Name, at: Place) -> tuple[tuple[Input, ...], tuple[Change, ...], bool]:
+    """What the jobs do to a tensor: their inputs, the changes, and whether its rows depend on each other."""
     jobs = state.jobs.get(name, [])
     spec = at.spec
     whole = at.transposed or any(_needs_all(job.piece, spec.shape) for job in jobs if not job.of_bias)
     inputs = []
     changes = []
-    work = 0
     for job in jobs:
         piece = job.piece
         # Rows of a part that are rows of the weight come with each block; other parts come whole.
@@ -442,12 +483,8 @@ def _changes(state: _State, name: Name, at: Place) -> tuple[tuple[Input, ...], t
         stored = state.loras[job.lora].tensors
         for source_part, source in piece.parts.items():
             slot_in = source.rows(stored[source.key].spec)
-            shared = source_part not in cut
-            inputs.append(Input(job.lora + 1, slot_in, shared=shared))
-            own = max(1, BLOCK_VALUES // max(spec.row_values, 1)) * slot_in.spec.row_values
-            work += slot_in.spec.values if shared else 2 * min(own, slot_in.spec.values)
+            inputs.append(Input(job.lora + 1, slot_in, shared=source_part not in cut))
         inputs += [Input(0, slot_in, shared=True) for slot_in in job.frame]
-        work += sum(slot_in.spec.values for slot_in in job.frame)
         shape = job.shape if piece.window is None else (piece.window.rows, *spec.shape[1:])
         columns = {part: s.columns for part, s in piece.parts.items() if s.columns is not None}
         changes.append(
@@ -456,16 +493,13 @@ def _changes(state: _State, name: Name, at: Place) -> tuple[tuple[Input, ...], t
                 job.told, job.strength, shape, job.of_bias, piece.window and piece.window.bands, len(job.frame),
             )
         )  # fmt: skip
-    return tuple(inputs), tuple(changes), work, whole
+    return tuple(inputs), tuple(changes), whole
 
 
 def _task(state: _State, name: Name, at: Place, slot: Slot) -> Task:
-    parts, changes, work, whole = _changes(state, name, at)
-    spec, scale = at.spec, state.scale(at.slot.key)
+    parts, changes, whole = _changes(state, name, at)
+    scale = state.scale(at.slot.key)
     inputs = [Input(0, at.slot), *([] if scale is None else [Input(0, scale, shared=True)]), *parts]
-    # Six copies of what is changed at a stroke, in float32 or float64; tiles of products are no larger.
-    values = spec.values if whole else min(spec.values, max(BAND_VALUES, spec.row_values))
-    size = 8 if {at.spec.dtype, slot.spec.dtype} & {"F32", "F64"} else 4
     label = ".".join(filter(None, name))
     other = BESIDE.get(slot.spec.dtype)
     compute = fused(
@@ -474,7 +508,9 @@ def _task(state: _State, name: Name, at: Place, slot: Slot) -> Task:
     )  # fmt: skip
     return Task(
         label, tuple(inputs), (slot,), compute, Grain.TENSOR if whole else Grain.ROWS,
-        work_nbytes=size * (work + 6 * values),
+        work_nbytes=work_nbytes(
+            changes, parts, at.spec, slot.spec, seed=state.wish.seed, whole=whole, scaled=scale is not None
+        ),
     )  # fmt: skip
 
 

@@ -82,12 +82,22 @@ def add_products(
             total.copy_(source)
             norm = _dot(total, total)
             total.add_(delta)
-            if generator is None:
-                store(total, written[tile])
-            else:
-                store_stochastic(total, written[tile], generator)
+            store_rounded(total, written[tile], generator)
             found.append(_survival(delta, total, rest, written[tile], norm, other))
     return together(found)
+
+
+def store_rounded(result: Tensor, out: Tensor, generator: torch.Generator | None) -> None:
+    """Fill `out`, rounded to the nearest or, with a generator, by chance: this a few rows at a time, for it takes many
+    working copies. How many rows follows from the shape."""
+    if generator is None:
+        store(result, out)
+        return
+    if out.is_contiguous():  # cut between any two values
+        result, out = result.reshape(-1), out.view(-1)
+    rows = max(1, WORKING_VALUES * len(out) // max(out.numel(), 1))
+    for start in range(0, len(out), rows):
+        store_stochastic(result[start : start + rows], out[start : start + rows], generator)
 
 
 def _survival(delta: Tensor, total: Tensor, rest: Tensor, written: Tensor, norm: Tensor, other: str | None) -> Survival:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,39 +67,20 @@ def fuse(
     The report's `details["modules"]` says for each module how much of what was meant the rounding left (`survived`),
     and how far the result is off, relative to it (`residual`).
     """
-    check_words(dtype, ())
-    if rounding not in ROUNDINGS:
-        raise UsageError("--rounding", f"found {quote(rounding)}, expected {' or '.join(ROUNDINGS)}")
-    if not loras:
-        raise UsageError("fuse", "found no LoRA, expected one or more after the checkpoint")
-    asked = [parse(lora) for lora in loras]
-    if text_encoder is not None and not math.isfinite(text_encoder):
-        raise UsageError("--text-encoder", f"found {text_encoder}, expected a finite number")
-    if lokr_rank is not None and lokr_rank < 1:
-        raise UsageError("--lokr-rank", f"found {lokr_rank}, expected a whole number, 1 or more")
+    asked = _asked(loras, text_encoder, dtype, rounding, lokr_rank)
     with contextlib.ExitStack() as stack:
         if not dry_run:
             import_torch_ahead()
         opened = stack.enter_context(open_checkpoint(checkpoint))
         files = [stack.enter_context(open_checkpoint(file)) for file, _ in asked]
-
-        in_text: set[str] = set()
-
-        def strength(number: int, component: str, _module: str) -> float:
-            if text_encoder is None or not component.startswith("text_encoder"):
-                return asked[number][1]
-            in_text.add(component)
-            return text_encoder
-
         said: dict[str, Any] = {"strengths": [s for _, s in asked], "text_encoder": text_encoder, "rounding": rounding}
-        if rounding == "stochastic":
-            said["seed"] = seed
-        if lokr_rank is not None:
-            said["lokr_rank"] = lokr_rank
+        said |= {"seed": seed} if rounding == "stochastic" else {}
+        said |= {} if lokr_rank is None else {"lokr_rank": lokr_rank}
+        strengths = _Strengths([s for _, s in asked], text_encoder)
         drawn = seed if rounding == "stochastic" else None
-        wish = Wish(strength, dtype, drawn, strict, allow_nonfinite, lokr_rank, embeddings is not None, said)
+        wish = Wish(strengths, dtype, drawn, strict, allow_nonfinite, lokr_rank, embeddings is not None, said)
         planned, modules = plan_fuse(opened, files, wish)
-        if text_encoder is not None and not in_text:
+        if text_encoder is not None and not strengths.of_text:
             planned.warnings.append("--text-encoder changes nothing: no LoRA here is known to change a text encoder")
         planned.summary = _in_words(stem(opened), [(stem(f), s) for f, (_, s) in zip(files, asked, strict=True)])
         stems = [stem(f)[:60] + ("" if s == 1 else f"-{s:g}") for f, (_, s) in zip(files, asked, strict=True)]
@@ -135,6 +117,39 @@ def fuse(
                 "output": str(undo), "bytes_written": beside.largest_nbytes if dry_run else beside.written,
             }  # fmt: skip
         return report
+
+
+def _asked(
+    loras: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]], text_encoder: float | None,
+    dtype: str, rounding: str, lokr_rank: int | None,
+) -> list[tuple[str | os.PathLike[str], float]]:  # fmt: skip
+    """The LoRAs and their strengths, and all words checked. Raises UsageError."""
+    check_words(dtype, ())
+    if rounding not in ROUNDINGS:
+        raise UsageError("--rounding", f"found {quote(rounding)}, expected {' or '.join(ROUNDINGS)}")
+    if not loras:
+        raise UsageError("fuse", "found no LoRA, expected one or more after the checkpoint")
+    asked = [parse(lora) for lora in loras]
+    if text_encoder is not None and not math.isfinite(text_encoder):
+        raise UsageError("--text-encoder", f"found {text_encoder}, expected a finite number")
+    if lokr_rank is not None and lokr_rank < 1:
+        raise UsageError("--lokr-rank", f"found {lokr_rank}, expected a whole number, 1 or more")
+    return asked
+
+
+@dataclass(slots=True)
+class _Strengths:
+    """Each LoRA's strength in a component and canonical module. of_text: is any in a text encoder asked for?"""
+
+    of_files: Sequence[float]
+    text_encoder: float | None
+    of_text: bool = False
+
+    def __call__(self, number: int, component: str, _module: str) -> float:
+        if self.text_encoder is None or not component.startswith("text_encoder"):
+            return self.of_files[number]
+        self.of_text = True
+        return self.text_encoder
 
 
 def parse(lora: str | os.PathLike[str] | tuple[str | os.PathLike[str], float]) -> tuple[str | os.PathLike[str], float]:

@@ -34,9 +34,11 @@ SHOWS = "lists the options"
         (["merg"], 2, "no such command 'merg'", "did you mean merge?"),
         (["inspekt", "a.safetensors"], 2, "no such command 'inspekt'", "did you mean inspect?"),
         (
-            ["x\x1b[31m"], 2, "no such command 'x\\x1b[31m'",
+            ["x\x1b[31m"],
+            2,
+            "no such command 'x\\x1b[31m'",
             "known are inspect, merge, fuse, extract, unfuse, convert, demo",
-        ),  # fmt: skip
+        ),
         (["--versio"], 2, "no such option '--versio'", "did you mean --version?"),
         (["merge", "a", "b", "--alpa", "1"], 2, "no such option '--alpa'", "did you mean --alpha?"),
         (["merge", "a", "b", "--xyz"], 2, "no such option '--xyz'", f"weightops merge --help {SHOWS}"),

@@ -302,6 +302,8 @@ def test_of_a_packed_projection_a_module_that_is_not_there_is_named() -> None:
         "lora.safetensors: a part of lora_unet_double_blocks_0_img_attn_qkv is not used: "
         f"base.safetensors has no {lost}.weight"
     ]
+    with pytest.raises(MismatchError, match="--strict: lora\\.safetensors: a part of lora_unet_double"):
+        fuse("base.safetensors", "lora.safetensors", output="x.safetensors", strict=True)
 
 
 def test_a_known_part_of_an_unknown_model_is_written_once() -> None:

@@ -86,6 +86,7 @@ class _State:
     tasks: list[Task] = field(default_factory=list)
     modules: dict[int, str] = field(default_factory=dict)
     whole_lokrs: int = 0
+    partly: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -131,10 +132,13 @@ def plan_fuse(opened: Checkpoint, loras: Sequence[Checkpoint], wish: Wish) -> tu
         refuse_nonfinite=not wish.allow_nonfinite,
     )  # fmt: skip
     words = f"{stem(opened)} + " + " + ".join(stem(lora) for lora in loras)
-    return Planned(plan, state.account, words, _groups(state), state.warnings), state.modules
+    return Planned(plan, state.account, words, _groups(state), [*state.partly, *state.warnings]), state.modules
 
 
 def _refuse_surprises(state: _State) -> None:
+    if state.partly:
+        more = f" (and {len(state.partly) - 1:,} more)" if len(state.partly) > 1 else ""
+        raise MismatchError("--strict", state.partly[0] + more, "without --strict it is left out, and named")
     found = state.account.surprises()
     if found:
         reasons = list(dict.fromkeys(u.reason for u in state.account.unused if not u.asked))
@@ -244,7 +248,7 @@ def _account(state: _State, lora: Checkpoint, adapter: Adapter, reasons: Sequenc
         else:
             state.account.used.append(key)
     if "weight" in lost and "weight" not in whole:
-        state.warnings += [f"{lora.label}: a part of {adapter.name} is not used: {why}" for why in lost["weight"]]
+        state.partly += [f"{lora.label}: a part of {adapter.name} is not used: {why}" for why in lost["weight"]]
 
 
 class _Dense:

@@ -29,7 +29,7 @@ from weightops.ops.extract import extract
 @click.option("--allow-unrelated", is_flag=True, help="Go on where the two do not look like finetune and base.")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Of the subspaces' random start.")
 @options.allow_nonfinite
-@options.writing
+@options.writing_factors
 @options.running_whole
 @options.speaking
 def command(

@@ -74,6 +74,14 @@ dtype = click.option(
     help="Of the output; keep: the first input's, tensor by tensor.",
 )
 
+factors_dtype = click.option(
+    "--dtype",
+    type=click.Choice(["keep", *(word for word in DTYPE_WORDS if not word.startswith("fp8"))]),
+    default="keep",
+    show_default=True,
+    help="Of the factors; keep: the first input's, of fp8 ones fp16.",
+)
+
 
 def _words(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in value.split(",") if word.strip())
@@ -114,6 +122,7 @@ def together(*options: Callable[[Any], Any]) -> Callable[[F], F]:
 
 
 writing = together(output, force, dry_run, strict, verify, dtype)
+writing_factors = together(output, force, dry_run, strict, verify, factors_dtype)
 running = together(device, memory, threads)
 running_whole = together(device, memory_whole, threads)
 speaking = together(as_json, quiet, verbose)

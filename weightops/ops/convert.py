@@ -184,7 +184,7 @@ def _named(output: str | os.PathLike[str] | None, opened: Checkpoint, planned: P
 
 def _refuse_losses(account: Account, to: str | None) -> None:
     if to is None:
-        account.refuse_surprises("--strict")
+        account.refuse_surprises()
         return
     found = account.surprises()
     if found:

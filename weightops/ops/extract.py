@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightops.engine.chunks import check_memory, memory_for
 from weightops.engine.run import Outcome, Progress, ignore, run
-from weightops.errors import Interrupted, MismatchError, UsageError, listing, quote
+from weightops.errors import Interrupted, MismatchError, UsageError, quote
 from weightops.files.checkpoint import open_checkpoint
 from weightops.files.tensor import TensorSpec
 from weightops.lora.dialects import DIALECTS
@@ -31,7 +31,6 @@ from weightops.ops.extract_pair import Matrix, Pair, Vector, Wish, pair
 from weightops.ops.extract_plan import plan_extract
 from weightops.ops.extract_report import say
 from weightops.ops.produce import Planned, check_words, named, produce, stem
-from weightops.ops.report import tensors
 from weightops.plan import Grain, Input, Plan, Task
 
 if TYPE_CHECKING:
@@ -262,15 +261,9 @@ def _refuse_early(work: _Work) -> None:
 
 
 def _refuse_surprises(found: Pair) -> None:
-    account: Account = found.account()
-    surprises = account.surprises() if found.wish.strict else []
-    if surprises:
-        reasons = sorted({u.reason for u in account.unused if not u.asked})
-        raise MismatchError(
-            "--strict",
-            f"{tensors(len(surprises))} would be left out: {listing(surprises)}",
-            f"{'; '.join(reasons[:3])}. Without --strict they are left out, and named",
-        )
+    if found.wish.strict:
+        account: Account = found.account()
+        account.refuse_surprises("would be left out", "left out")
 
 
 def _foretold(work: _Work) -> Report:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
-from weightops.errors import FormatError, MismatchError, UsageError, listing, quote
+from weightops.errors import FormatError, MismatchError, UsageError, quote
 from weightops.files.dtypes import ARITHMETIC
 from weightops.files.tensor import Slot, TensorSpec
 from weightops.lora.adapters import Adapter, AdapterFile, read_adapters, strengths
@@ -20,7 +20,7 @@ from weightops.ops.changes import Change, fused, work_nbytes
 from weightops.ops.extract_pair import own_beginning
 from weightops.ops.fp8 import METADATA, Band, check_dtype, dequantising, is_mark, requantising, scales_of
 from weightops.ops.produce import Planned, kept_metadata, stem
-from weightops.ops.report import Account, Unused, tensors
+from weightops.ops.report import Account, Unused
 from weightops.ops.respell import becomes, carry
 from weightops.plan import Grain, Input, Plan, Task
 
@@ -139,13 +139,7 @@ def _refuse_surprises(state: _State) -> None:
     if state.partly:
         more = f" (and {len(state.partly) - 1:,} more)" if len(state.partly) > 1 else ""
         raise MismatchError("--strict", state.partly[0] + more, "without --strict it is left out, and named")
-    found = state.account.surprises()
-    if found:
-        reasons = list(dict.fromkeys(u.reason for u in state.account.unused if not u.asked))
-        raise MismatchError(
-            "--strict", f"{tensors(len(found))} would not be used: {listing(found)}",
-            f"{'; '.join(reasons[:3])}. Without --strict they are left out, and named",
-        )  # fmt: skip
+    state.account.refuse_surprises("would not be used", "left out")
 
 
 def _check(opened: Checkpoint, identity: Identity) -> None:

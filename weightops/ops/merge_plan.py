@@ -145,7 +145,7 @@ class _Planner:
         self._check_outcome()
         self._warn()
         if self.settings.strict:
-            self.account.refuse_surprises("--strict")
+            self.account.refuse_surprises()
         sources = (*self.opened, *([self.vae_file] if self.vae_file is not None else []))
         plan = Plan(
             sources=sources,

@@ -42,14 +42,17 @@ class Account:
         """Keys, each once: what is kept from the first model is mostly left out of another."""
         return list(dict.fromkeys([key for key, _ in self.kept] + [u.key for u in self.unused if not u.asked]))
 
-    def refuse_surprises(self, where: str) -> None:
+    def refuse_surprises(
+        self, what: str = "cannot be merged", otherwise: str = "kept from the first model or left out"
+    ) -> None:
+        """Raise MismatchError where there are any. what: is the matter with them; otherwise: what becomes of them."""
         found = self.surprises()
         if found:
             reasons = sorted({r for _, r in self.kept} | {u.reason for u in self.unused if not u.asked})
             raise MismatchError(
-                where,
-                f"{tensors(len(found))} cannot be merged: {listing(found)}",
-                f"{'; '.join(reasons[:3])}. Without --strict they are kept from the first model or left out, and named",
+                "--strict",
+                f"{tensors(len(found))} {what}: {listing(found)}",
+                f"{'; '.join(reasons[:3])}. Without --strict they are {otherwise}, and named",
             )
 
 

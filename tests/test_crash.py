@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import xxhash
 from conftest import CLI, weightops
+
+from weightops.errors import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -263,6 +266,27 @@ def test_a_run_that_is_stopped_at_any_moment_has_written_all_or_nothing(files: F
             assert (run.returncode, stderr) == (1, SAID[number])
             assert not output.exists() or hash_of(output) == files.whole
         assert listing(tmp_path) in ([], ["out.safetensors"])
+
+
+def test_a_signal_within_the_start_of_a_thread_leaves_the_thread_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Thread.start` disowns its thread at an `Exception`; the thread, which runs, then prints a traceback."""
+    name = "_start_joinable_thread" if hasattr(threading, "_start_joinable_thread") else "_start_new_thread"
+    begin = getattr(threading, name)
+    ran, said = threading.Event(), []
+
+    def met_by_a_signal(*words: Any, **named: Any) -> None:
+        begin(*words, **named)
+        raise Interrupted("", "stopped by SIGTERM")
+
+    monkeypatch.setattr(threading, name, met_by_a_signal)
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    for _ in range(20):
+        ran.clear()
+        thread = threading.Thread(target=ran.set)
+        with pytest.raises(Interrupted):
+            thread.start()
+        assert ran.wait(10) or said
+    assert said == []
 
 
 # ------------------------------------------------------------------------------------------------ no room

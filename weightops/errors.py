@@ -9,8 +9,9 @@ WeightopsError              where, what, hint
 ├── ValueRefused            NaN, Inf, or a result that the output dtype cannot hold
 ├── OutputError             the output cannot be written: exists, no room, no permission
 ├── MemoryRefused           the budget is smaller than the largest indivisible piece of work
-├── NetworkError            a hub cannot be reached, or answers with something else
-└── Interrupted             Ctrl-C, SIGTERM, SIGHUP
+└── NetworkError            a hub cannot be reached, or answers with something else
+
+Interrupted                 Ctrl-C, SIGTERM, SIGHUP: no `Exception`, as KeyboardInterrupt is none
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-class WeightopsError(Exception):
+class _Told(BaseException):
     """`where: what` and a `hint`; `where` is what the user typed, and begins the message."""
 
     exit_code = 1
@@ -31,6 +32,10 @@ class WeightopsError(Exception):
         self.where = where
         self.what = what
         self.hint = hint
+
+
+class WeightopsError(_Told, Exception):
+    """`where: what` and a `hint`; `where` is what the user typed, and begins the message."""
 
 
 class UsageError(WeightopsError):
@@ -69,8 +74,11 @@ class NetworkError(WeightopsError):
     pass
 
 
-class Interrupted(WeightopsError):
-    pass
+class Interrupted(_Told):
+    """Raised where the main thread happens to be: code that mends an `Exception` must not take it for one.
+
+    `threading.Thread.start` does so: it would disown the thread that it has just started.
+    """
 
 
 def printable(text: str) -> str:

@@ -127,7 +127,7 @@ def run(arguments: list[str] | None = None) -> NoReturn:
         code = main.main(arguments, prog_name="weightops", standalone_mode=False)
         _flush()
         sys.exit(code if isinstance(code, int) else 0)
-    except WeightopsError as e:
+    except (WeightopsError, Interrupted) as e:
         fail(str(e), e.hint, e.exit_code)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)

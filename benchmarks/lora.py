@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""fuse and extract, beside another tool's script where its command is given, side by side.
+"""fuse, extract, resize and combine, beside another tool's script where its command is given, side by side.
 
     python benchmarks/lora.py fuse --checkpoint model.safetensors --lora style.safetensors --runs 3
     python benchmarks/lora.py extract --tuned tuned.safetensors --base base.safetensors --rank 32 --runs 3
+    python benchmarks/lora.py resize --lora style.safetensors --rank 32 --runs 3
+    python benchmarks/lora.py combine --a one.safetensors --b two.safetensors --weights 0.7 0.5 --rank 32 --runs 3
     python benchmarks/lora.py fuse … --peer 'python merge.py {checkpoint} {lora} {out}' --peer-runs 1
     python benchmarks/lora.py extract … --device cuda      weightops on the GPU beside weightops on the CPU
 
@@ -11,13 +13,16 @@ inputs are read into the page cache before each run. Wall, CPU and peak memory a
 ratios within a round, for these are what a noisy machine leaves comparable, or, where the peer had fewer rounds than
 the others, ratios of medians.
 
-    weightops  weightops fuse CHECKPOINT LORA, or weightops extract TUNED BASE --rank R --conv-rank C
-    peer       any command that does the same: {checkpoint} {lora} {out}, or {tuned} {base} {out}, stand for the files
+    weightops  weightops fuse CHECKPOINT LORA, or weightops extract TUNED BASE --rank R --conv-rank C, or
+               weightops resize LORA --rank R, or weightops combine A:0.7 B:0.5 --rank R
+    peer       any command that does the same: {checkpoint} {lora} {out}, or {tuned} {base} {out}, or {lora} {out}, or
+               {a} {b} {out}, stand for the files
     torch      import torch and nothing else, which every contender with arithmetic pays
 
 After the last round of extract, what each wrote is held against the best that the rank allows (Eckart & Young): of
 some layers of every shape, among those that all wrote, |dW - up @ down| over the least error of any matrix of that
-rank, in float64.
+rank, in float64. After resize and combine, the same of every layer, against the sum of weight · dW of what came in,
+from the factors alone; and of all layers together, the error over the norm.
 """
 
 from __future__ import annotations
@@ -53,7 +58,7 @@ Layer = tuple[str, tuple[str, ...]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # a helper of this file's own
-    verbs = parser.add_subparsers(dest="verb", metavar="fuse|extract")
+    verbs = parser.add_subparsers(dest="verb", metavar="fuse|extract|resize|combine")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--runs", type=int, default=5)
     common.add_argument("--peer", metavar="COMMAND", help="of another tool, with {names} for the files")
@@ -69,18 +74,28 @@ def main() -> None:
     verb.add_argument("--rank", type=int, default=32)
     verb.add_argument("--conv-rank", type=int, help="of convolutions larger than 1x1 (default: --rank)")
     verb.add_argument("--layers", type=int, default=2, help="of each shape, whose error is computed")
+    verb = verbs.add_parser("resize", parents=[common])
+    verb.add_argument("--lora", type=Path, required=True)
+    verb.add_argument("--rank", type=int, default=32)
+    verb.add_argument("--conv-rank", type=int, help="of convolutions larger than 1x1 (default: --rank)")
+    verb = verbs.add_parser("combine", parents=[common])
+    verb.add_argument("--a", type=Path, required=True)
+    verb.add_argument("--b", type=Path, required=True)
+    verb.add_argument("--weights", type=float, nargs=2, default=[1.0, 1.0], help="of a and of b")
+    verb.add_argument("--rank", type=int, default=32)
+    verb.add_argument("--conv-rank", type=int, help="of convolutions larger than 1x1 (default: --rank)")
     args = parser.parse_args()
     if args.only:
-        {"synced": synced, "check": check}[args.only[0]](*args.only[1:])
+        {"synced": synced, "check": check, "check_sum": check_sum}[args.only[0]](*args.only[1:])
         return
     if args.verb is None:
-        parser.error("fuse or extract?")
+        parser.error("fuse, extract, resize or combine?")
     if args.peer and "{out}" not in args.peer:
         parser.error("--peer needs {out} where the name of its output is to stand")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        {"fuse": fuse, "extract": extract}[args.verb](folder, args)
+        {"fuse": fuse, "extract": extract, "resize": resize, "combine": combine}[args.verb](folder, args)
 
 
 def fuse(folder: Path, args: argparse.Namespace) -> None:
@@ -96,6 +111,31 @@ def extract(folder: Path, args: argparse.Namespace) -> None:
     outputs = bench(command, given, folder, args, keep=True)
     this = [sys.executable, str(HERE), "--only", "check"]
     subprocess.run([*this, *files, *ranks, str(args.layers), *map(str, outputs)], check=True)
+    for out in outputs:
+        out.unlink()
+
+
+def resize(folder: Path, args: argparse.Namespace) -> None:
+    outputs = bench(["resize", str(args.lora), *_ranks(args)], {"lora": args.lora}, folder, args, keep=True)
+    _hold_against([f"{args.lora}:1"], outputs, args)
+
+
+def combine(folder: Path, args: argparse.Namespace) -> None:
+    given = {"a": args.a, "b": args.b}
+    summands = [f"{path}:{weight}" for path, weight in zip(given.values(), args.weights, strict=True)]
+    outputs = bench(["combine", *summands, *_ranks(args)], given, folder, args, keep=True)
+    _hold_against(summands, outputs, args)
+
+
+def _ranks(args: argparse.Namespace) -> list[str]:
+    words = ["--rank", str(args.rank)]
+    return words if args.conv_rank is None else [*words, "--conv-rank", str(args.conv_rank)]
+
+
+def _hold_against(summands: Sequence[str], outputs: Sequence[Path], args: argparse.Namespace) -> None:
+    ranks = [str(args.rank), str(args.rank if args.conv_rank is None else args.conv_rank)]
+    this = [sys.executable, str(HERE), "--only", "check_sum", *ranks, str(len(summands))]
+    subprocess.run([*this, *summands, *map(str, outputs)], check=True)
     for out in outputs:
         out.unlink()
 
@@ -218,11 +258,59 @@ def check(tuned: str, base: str, rank: str, conv_rank: str, layers: str, *output
             delta, other = (_weight(model, at, layer) for model, at in zip(opened, places, strict=True))
             delta -= other
             adapter, _ = next(iter(files.values())).layers[layer]
-            kernel = (adapter.family.shape(adapter.shapes) or ())[2:]
-            least = _least(delta, int(conv_rank if any(size > 1 for size in kernel) else rank))
+            least = _least(delta, _rank_of(adapter, int(rank), int(conv_rank)))
             made = (float((delta - _product(file, layer)).norm()) for file in files.values())
             errors.append(Errors(adapter.name, float(delta.norm()), least, tuple(made)))
     _show(files, errors)
+
+
+def check_sum(rank: str, conv_rank: str, count: str, *files: str) -> None:
+    """Print each file's error against the sum of the first `count`, each given as PATH:WEIGHT, of every layer."""
+    from weightops.files.checkpoint import open_checkpoint
+
+    with ExitStack() as stack:
+        texts = [text.rpartition(":") for text in files[: int(count)]]
+        summands = [(_read(stack.enter_context(open_checkpoint(p)), None), float(weight)) for p, _, weight in texts]
+        outputs = {Path(p).stem: _read(stack.enter_context(open_checkpoint(p)), None) for p in files[int(count) :]}
+        every = [*(file for file, _ in summands), *outputs.values()]
+        errors = []
+        for layer in dict.fromkeys(layer for file in every for layer in file.layers):
+            adapter, _ = next(file.layers[layer] for file in every if layer in file.layers)
+            exact = [_factors(file, layer, weight) for file, weight in summands if layer in file.layers]
+            values = _values(exact)
+            # A layer that an output lacks is one that it does not change.
+            made = [[_factors(file, layer, -1.0)] if layer in file.layers else [] for file in outputs.values()]
+            found = tuple(float(_values([*exact, *own]).norm()) for own in made)
+            least = float(values[_rank_of(adapter, int(rank), int(conv_rank)) :].norm())
+            errors.append(Errors(adapter.name, float(values.norm()), least, found))
+    norm = sum(e.norm**2 for e in errors) ** 0.5
+    print(f"\nerror / norm of the exact change, of {len(errors)} layers together:")
+    for name, squares in {
+        "least": [e.least**2 for e in errors],
+        **{name: [e.found[number] ** 2 for e in errors] for number, name in enumerate(outputs)},
+    }.items():
+        print(f"{name:12}{sum(squares) ** 0.5 / norm:12.3e}")
+    _show(outputs, errors)
+    for (file, weight), (path, _, _) in zip(summands, texts, strict=True):
+        print(
+            f"given {Path(path).name} at {weight:g}: {len(file.layers)} layers as two factors, {file.others} otherwise"
+        )
+
+
+def _rank_of(adapter: Adapter, rank: int, conv_rank: int) -> int:
+    kernel = (adapter.family.shape(adapter.shapes) or ())[2:]
+    return conv_rank if any(size > 1 for size in kernel) else rank
+
+
+def _values(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The singular values of a sum of products, from the triangles of its factors side by side; of none, none."""
+    import torch
+
+    if not parts:
+        return torch.zeros(0, dtype=torch.float64)
+    _, left = torch.linalg.qr(torch.cat([up for up, _ in parts], 1), mode="r")
+    _, right = torch.linalg.qr(torch.cat([down for _, down in parts]).mT, mode="r")
+    return torch.linalg.svdvals(left @ right.mT)
 
 
 def _read(opened: Checkpoint, architecture: str | None) -> Written:
@@ -269,15 +357,21 @@ def _matrix(opened: Checkpoint, at: Place) -> Tensor:
 
 def _product(file: Written, layer: Layer) -> Tensor:
     """What a file changes of a layer, its rows in the order of canonical modules."""
+    up, down = _factors(file, layer, 1.0)
+    return up @ down
+
+
+def _factors(file: Written, layer: Layer, weight: float) -> tuple[Tensor, Tensor]:
+    """What a file changes of a layer, as two factors; alpha and weight are in up."""
     from weightops.naming.keymap import swaps
     from weightops.naming.slots import Place
 
     adapter, alpha = file.layers[layer]
     up, down = (_matrix(file.opened, Place(file.opened.slot(adapter.keys[part]))) for part in ("up", "down"))
-    made = up @ down * (1.0 if alpha is None else alpha / len(down))
+    up = up * (weight if alpha is None else weight * alpha / len(down))
     assert adapter.target is not None
     swapped = swaps(adapter.target.rule, len(up), adapter.shapes["down"][1])
-    return made.roll(len(made) // 2, 0) if swapped else made
+    return (up.roll(len(up) // 2, 0) if swapped else up), down
 
 
 def _least(matrix: Tensor, rank: int) -> float:

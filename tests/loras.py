@@ -125,7 +125,7 @@ def _kronecker(p: Mapping[str, Tensor], alpha: float | None) -> Tensor:
     rank = next((len(p[k]) for k in ("lokr_w2_b", "lokr_w1_b") if k in p), None)
     scale = 1.0 if rank is None or alpha is None else alpha / rank  # whole factors: 1, whatever alpha says
     first = first.reshape(*first.shape, *[1] * (second.dim() - 2))
-    return scale * torch.kron(first, second)
+    return scale * torch.kron(first, second.contiguous())
 
 
 PARTS = (

@@ -94,3 +94,70 @@ def test_extract_benchmark_holds_what_is_written_against_the_optimum(tmp_path):
     assert ours[1] < theirs[1]
     assert 0.9999 <= ours[2] < theirs[2]
     assert not list((tmp_path / "out").iterdir())
+
+
+def loras(folder: Path) -> tuple[Path, Path, dict[str, tuple]]:
+    """Two LoRAs, of a matrix and of a convolution that only the first has; and 0.7 of the one less half the other."""
+    import torch
+    from conftest import save
+
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"attentions_0_proj_in": (40, 40, 1, 1), "resnets_0_conv1": (40, 40, 3, 3)}
+    files, sums = ({}, {}), {}
+    for number, weight in enumerate((0.7, -0.5)):
+        for name, (out, features, *kernel) in shapes.items():
+            if "conv1" in name and number:
+                continue
+            module = f"lora_unet_down_blocks_0_{name}"
+            up = torch.randn(out, 6, *[1] * len(kernel), generator=generator)
+            down = torch.randn(6, features, *kernel, generator=generator)
+            alpha = 3.0 + number
+            files[number].update(
+                {
+                    f"{module}.lora_up.weight": up,
+                    f"{module}.lora_down.weight": down,
+                    f"{module}.alpha": torch.tensor(alpha),
+                }
+            )
+            change = weight * alpha / 6 * up.double().flatten(1) @ down.double().flatten(1)
+            sums[module] = sums[module] + change if module in sums else change
+    return *(save(folder / f"{'ab'[n]}.safetensors", file) for n, file in enumerate(files)), sums
+
+
+def ratios_of(printed: str) -> dict[str, float]:
+    """File -> error / optimum in total."""
+    _, _, table = printed.partition("error / optimum")
+    rows = [line.split() for line in table.splitlines()]
+    return {row[0]: float(row[3]) for row in rows if len(row) == 5 and row[0] != "worst"}
+
+
+def test_the_check_of_a_sum_tells_the_errors_that_dense_matrices_tell(tmp_path):
+    """Held against it: a file that lacks the convolution, and one that is the best of the ranks."""
+    import torch
+    from conftest import save
+
+    a, b, sums = loras(tmp_path)
+    ranks = {module: 3 if "conv1" in module else 4 for module in sums}
+    best, squares = {}, {}
+    for module, matrix in sums.items():
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        rank = ranks[module]
+        kernel = (3, 3) if "conv1" in module else (1, 1)
+        best[f"{module}.lora_up.weight"] = (u[:, :rank] * s[:rank]).float().reshape(40, rank, 1, 1)
+        best[f"{module}.lora_down.weight"] = v[:rank].float().reshape(rank, 40, *kernel)
+        squares[module] = float(s.square().sum()), float(s[rank:].square().sum())
+    best = {key: tensor.contiguous() for key, tensor in best.items()}
+    whole = save(tmp_path / "whole.safetensors", best)
+    lacking = save(tmp_path / "lacking.safetensors", {k: t for k, t in best.items() if "conv1" not in k})
+    command = [sys.executable, str(BENCHMARKS / "lora.py"), "--only", "check_sum", "4", "3", "2"]
+    words = [f"{a}:0.7", f"{b}:-0.5", str(whole), str(lacking)]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    norm = sum(total for total, _ in squares.values())
+    least = sum(tail for _, tail in squares.values())
+    without = sum(total if "conv1" in module else tail for module, (total, tail) in squares.items())
+    told = {row[0]: float(row[1]) for row in rows if len(row) == 2}
+    expected = {"least": least, "whole": least, "lacking": without}
+    assert told == pytest.approx({name: (square / norm) ** 0.5 for name, square in expected.items()}, rel=1e-3)
+    assert ratios_of(done.stdout) == pytest.approx({"whole": 1.0, "lacking": (without / least) ** 0.5}, rel=1e-3)

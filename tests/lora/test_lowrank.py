@@ -1,4 +1,4 @@
-"""Low-rank algebra against the full matrices; factorisations against the optimum, over spectra of every kind."""
+"""Low-rank algebra and truncations against the full matrices."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from weightops.errors import ValueRefused
 from weightops.lora import lowrank as module
 from weightops.lora.lowrank import (
-    TOLERANCE,
+    Factorised,
     LowRank,
     add,
-    factorise,
-    factorise_many,
     inner,
-    noise_floor,
     norm,
     singular_values,
     truncate,
+    truncate_many,
+    truncate_nbytes,
 )
 from weightops.lora.rank import RankRule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
     from torch import Tensor
 
@@ -101,6 +101,8 @@ def test_factors_that_do_not_meet_are_our_own_mistake() -> None:
         LowRank(torch.ones(4, 2), torch.ones(3, 4))
     with pytest.raises(ValueError, match=r"changes of 2 shapes: \[\(4, 5\), \(4, 6\)\]"):
         add(adapter(4, 2, 5), adapter(4, 2, 6))
+    with pytest.raises(ValueError, match=r"changes of 2 shapes: \[\(4, 5\), \(4, 6\)\]"):
+        inner(adapter(4, 2, 5), adapter(4, 2, 6))
 
 
 # ------------------------------------------------------------------------------------------------ truncation
@@ -206,233 +208,151 @@ def test_the_first_ranks_of_a_truncation_are_the_truncation_to_them() -> None:
 def test_what_is_not_finite_is_refused(bad: float) -> None:
     a = adapter(24, 6, 40)
     a.up[3, 2] = bad
-    with pytest.raises(ValueRefused, match="its factors hold NaN or Inf"):
-        truncate(a, 2)
-    matrix = torch.zeros(80, 90)
-    matrix[3, 4] = bad
-    with pytest.raises(ValueRefused, match="the matrix holds NaN or Inf"):
-        factorise(matrix, 2, generator=seeded())
+    for refused in (truncate, lambda a, _: singular_values(a)):
+        with pytest.raises(ValueRefused, match="its factors hold NaN or Inf"):
+            refused(a, 2)
 
 
-# ------------------------------------------------------------------------------------------------ factorisation
-
-K = 8
-N = 160
-INDEX = torch.arange(1, N + 1, dtype=DOUBLE)
-SPECTRA = {
-    "power 0.1": INDEX**-0.1,
-    "power 0.25": INDEX**-0.25,
-    "power 0.5": INDEX**-0.5,
-    "power 1": INDEX**-1,
-    "power 2": INDEX**-2,
-    "power 3": INDEX**-3,
-    "noise": torch.linalg.svdvals(random(N, 200)),
-    "orthogonal": torch.ones(N, dtype=DOUBLE),
-    "step, 1e-3": torch.where(INDEX <= K, 1.0, 1e-3),
-    "step, 1e-6": torch.where(INDEX <= K, 1.0, 1e-6),
-    "step past k, 0.5": torch.where(INDEX <= K + 3, 1.0, 0.5),
-    "plateau": torch.where(INDEX <= 4 * K, 1.0, 0.1),
-    "exponential": torch.exp(-0.5 * INDEX) + 1e-6,
-    "outlier": torch.where(INDEX == 1, 1e5, torch.linalg.svdvals(random(N, 200))),
-    "exact rank": torch.where(INDEX <= K, INDEX**-1, 0.0),
-}
-every_spectrum = pytest.mark.parametrize("values", SPECTRA.values(), ids=SPECTRA.keys())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["F16", "BF16"])
+def test_halves_are_truncated_as_the_values_they_are(dtype: torch.dtype) -> None:
+    a = adapter(60, 12, 90, dtype=dtype)
+    found = truncate(a, 5)
+    same = truncate(LowRank(a.up.double(), a.down.double()), 5)
+    assert found.lowrank.up.dtype is found.lowrank.down.dtype is torch.float32
+    assert same.lowrank.up.dtype is DOUBLE
+    torch.testing.assert_close(found.lowrank.up, same.lowrank.up.float(), rtol=0, atol=0)
+    torch.testing.assert_close(found.lowrank.down, same.lowrank.down.float(), rtol=0, atol=0)
+    exact = torch.linalg.svdvals(whole(a))[:12]
+    for values in (found.singular_values, singular_values(a)):
+        kept = torch.tensor(values, dtype=DOUBLE)
+        torch.testing.assert_close(kept, exact[: len(kept)], rtol=0, atol=1e-12 * float(exact[0]))
 
 
-@every_spectrum
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["F32", "BF16"])
-def test_a_randomised_factorisation_is_within_its_tolerance(values: Tensor, dtype: torch.dtype) -> None:
-    for out, n in [(N, 200), (200, N)]:
-        matrix = with_values(values, out, n).to(dtype)
-        found = factorise(matrix, K, generator=seeded(), method="randomised")
-        size = float(matrix.double().norm())
-        best = tail(matrix, K)
-        # What factors in float32 cannot hold comes on top: 2e-7 of the norm.
-        assert distance(matrix, found.lowrank) <= (1 + TOLERANCE) * best + 2e-7 * size
-        assert math.isclose(
-            found.error * found.norm, distance(matrix, found.lowrank), rel_tol=0.01, abs_tol=5e-7 * size
-        )
-        assert math.isclose(found.norm, size, rel_tol=1e-9)
-        assert math.isclose(found.energy, 1 - found.error**2, abs_tol=1e-9)
+@pytest.mark.parametrize("limit", [1e-5, 1e9], ids=["gram", "qr"])
+@every_shape
+def test_the_height_of_a_band_does_not_matter(
+    shape: tuple[int, int, int], limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_GRAM_LIMIT", limit)
+    a, b = adapter(*shape, dtype=torch.float16), adapter(*shape, seed=3)
+    expected, values = truncate(a, 3), singular_values(a)
+    products = [inner(a, b), norm(a)]
+    for block, panel in ((1, 2), (64, 1), (150, 5)):
+        monkeypatch.setattr(module, "_BLOCK", block)
+        monkeypatch.setattr(module, "_PANEL", panel)
+        found = truncate(a, 3)
+        torch.testing.assert_close(found.lowrank.up, expected.lowrank.up, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.lowrank.down, expected.lowrank.down, rtol=0, atol=1e-6)
+        assert found.singular_values == pytest.approx(expected.singular_values, rel=1e-9)
+        assert singular_values(a) == pytest.approx(values, rel=1e-9)
+        assert [inner(a, b), norm(a)] == pytest.approx(products, rel=1e-9)
 
 
-@every_spectrum
-@pytest.mark.parametrize("shape", [(N, 200), (200, N), (N, N)], ids=str)
-def test_an_exact_factorisation_is_the_optimum(values: Tensor, shape: tuple[int, int]) -> None:
-    matrix = with_values(values, *shape).float()
-    found = factorise(matrix, K, generator=seeded(), method="exact")
-    assert (found.method, found.iterations) == ("exact", 0)
-    best = tail(matrix, K)
-    assert distance(matrix, found.lowrank) <= (1 + 1e-6) * best + 2e-7 * float(matrix.double().norm())
-    kept = torch.linalg.svdvals(matrix.double())[: found.lowrank.rank]
-    torch.testing.assert_close(
-        torch.tensor(found.singular_values, dtype=DOUBLE), kept, rtol=1e-6, atol=1e-7 * float(kept[0])
-    )
+def test_factors_may_lie_across() -> None:
+    a = adapter(24, 6, 40)
+    one, other = truncate(a.transpose(), 4), truncate(a, 4)
+    torch.testing.assert_close(whole(one.lowrank), whole(other.lowrank).mT, rtol=0, atol=1e-5)
 
 
-def test_both_methods_find_the_same_factors() -> None:
-    matrix = with_values(0.5**INDEX + 1e-4, N, 200).float()
-    exact, quick = (factorise(matrix, 6, generator=seeded(), method=m) for m in ("exact", "randomised"))
-    assert (exact.method, quick.method) == ("exact", "randomised")
-    torch.testing.assert_close(exact.lowrank.up, quick.lowrank.up, rtol=0, atol=1e-4)
-    torch.testing.assert_close(exact.lowrank.down, quick.lowrank.down, rtol=0, atol=1e-4)
-    for found in (exact, quick):
-        up, down = found.lowrank.up.double(), found.lowrank.down.double()
-        torch.testing.assert_close(up.mT @ up, down @ down.mT, rtol=1e-4, atol=1e-5)
-        assert all(row[row.abs().argmax()] > 0 for row in down)
+# ------------------------------------------------------------------------------------------------ its memory
 
 
-def test_a_matrix_of_float64_is_kept_in_float64() -> None:
-    matrix = with_values(10.0 ** (1 - INDEX[:10]), 30, 40)
-    found = factorise(matrix, 10, generator=seeded())
-    assert found.lowrank.up.dtype is DOUBLE
-    expected = 10.0 ** (1 - INDEX[:10])
-    torch.testing.assert_close(torch.tensor(found.singular_values, dtype=DOUBLE), expected, rtol=1e-5, atol=0)
-    matrix = with_values(10.0 ** (1 - INDEX[:10]), N, 200)
-    assert distance(matrix, factorise(matrix, 8, generator=seeded(), method="randomised").lowrank) <= 2e-7
+def taken(call: Callable[[], object]) -> int:
+    """The most bytes of torch's that are alive at once while this is computed."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        kept = call()
+    now = most = 0
+    for event in found.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    del kept
+    return most
 
 
-def test_auto_takes_the_quick_way_where_it_is_quick() -> None:
-    large, small = with_values(INDEX**-1, N, 200).float(), with_values(INDEX[:60] ** -1, 60, 200).float()
-    methods = {
-        (name, text): factorise(matrix, RankRule.parse(text, cap=cap), generator=seeded()).method
-        for name, matrix in (("large", large), ("small", small))
-        for text, cap in (("8", None), ("energy:0.9", 8), ("energy:0.9", None), ("knee", 8))
-        if (name, text, cap) != ("large", "energy:0.9", None)
-    }
-    assert methods == {
-        ("large", "8"): "randomised",
-        ("large", "energy:0.9"): "randomised",
-        ("large", "knee"): "exact",
-        ("small", "8"): "exact",
-        ("small", "energy:0.9"): "exact",
-        ("small", "knee"): "exact",
-    }
-    assert factorise(large, RankRule.parse("energy:0.9"), generator=seeded()).method == "exact"
+def repeated(a: LowRank) -> LowRank:
+    """As many ranks, of which half are there twice: QR's."""
+    half = a.rank // 2
+    a.up[:, half : 2 * half], a.down[half : 2 * half] = a.up[:, :half].clone(), a.down[:half].clone()
+    return a
 
 
-def test_what_does_not_converge_is_factorised_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ITERATIONS", 1)
-    matrix = with_values(INDEX**-0.3, N, 200).float()
-    found = factorise(matrix, K, generator=seeded())
-    assert found.method == "exact"
-    assert distance(matrix, found.lowrank) <= tail(matrix, K) * (1 + 1e-6)
+# Wide, tall, square, of more ranks than rows or columns, and tiny: out, n, rank, kept.
+SIZES = [(640, 5760, 64, 64), (5120, 640, 32, 8), (200, 200, 200, 200), (20, 2880, 128, 20), (320, 36, 128, 8),
+         (99, 101, 100, 50), (640, 640, 4, 4), (7, 5, 3, 3), (4, 8, 16, 4), (1, 1, 9, 1)]  # fmt: skip
 
 
-def test_the_rules_see_the_energy_of_the_whole() -> None:
-    matrix = with_values(INDEX**-1, N, 200).float()
-    for text in ("energy:0.8", "error:0.45", "fro:0.9", "ratio:3.5", "5"):
-        rule = RankRule.parse(text, cap=16)
-        found = factorise(matrix, rule, generator=seeded(), method="randomised")
-        exact = torch.linalg.svdvals(matrix.double()).tolist()
-        assert found.lowrank.rank == rule.choose(exact, N, 200, float(matrix.double().square().sum()))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, DOUBLE], ids=["F16", "F32", "F64"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_truncation_takes_no_more_than_it_says(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    out, n, rank, kept = size
+    most = truncate_nbytes(*size)
+    for a in (adapter(out, rank, n, dtype=dtype), repeated(adapter(out, rank, n, dtype=dtype))):
+        assert 0 < taken(lambda a=a: truncate(a, kept)) <= most  # type: ignore[misc]
+        assert 0 < taken(lambda a=a: singular_values(a)) <= most  # type: ignore[misc]
+    assert most <= 10 * (8 * (rank + kept) * (out + n) + 2048)  # and it says no more than is of its size
 
 
-@pytest.mark.parametrize("method", ["auto", "exact", "randomised"])
-def test_a_matrix_of_zeros_has_no_ranks(method: str) -> None:
-    found = factorise(torch.zeros(N, 200), K, generator=seeded(), method=method)
-    assert (found.lowrank.rank, found.lowrank.shape, found.energy, found.error) == (0, (N, 200), 1.0, 0.0)
-    assert factorise(torch.ones(N, 200), 0, generator=seeded(), method=method).lowrank.rank == 0
+def test_gram_matrices_take_no_copies_of_the_factors() -> None:
+    a = adapter(1280, 64, 11520, dtype=torch.float16)
+    found = truncate(a, 16)
+    result = found.lowrank.up.nbytes + found.lowrank.down.nbytes
+    assert found.method == "gram"
+    # A band in float64, and what the next is made from; a dozen matrices [64, 64].
+    assert taken(lambda: truncate(a, 16)) <= result + 20 * module._BLOCK + 12 * 8 * 64 * 64
 
 
-def test_values_below_the_rounding_of_float32_count_as_zero() -> None:
-    matrix = torch.zeros(N, 200)
-    matrix[0, 0], matrix[1, 1], matrix[2, 2] = 1.0, 1e-3, 1e-9
-    for method in ("exact", "randomised"):
-        found = factorise(matrix, K, generator=seeded(), method=method)
-        assert found.lowrank.rank == 2
-        torch.testing.assert_close(torch.tensor(found.singular_values), torch.tensor([1.0, 1e-3]), rtol=1e-5, atol=0)
+# ------------------------------------------------------------------------------------------------ many
 
 
-def test_the_same_seed_gives_the_same_bytes() -> None:
-    matrix = with_values(INDEX**-0.5, N, 200).float()
-    one, other = (factorise(matrix, K, generator=seeded(3)).lowrank for _ in range(2))
-    assert torch.equal(one.up, other.up)
-    assert torch.equal(one.down, other.down)
+def alike(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> list[LowRank]:
+    """Of one shape: two ordinary ones, one of fewer ranks than it seems, one of zeros."""
+    made = [adapter(*shape, seed=10 * i, dtype=dtype) for i in range(4)]
+    repeated(made[2])
+    made[3].up.zero_()
+    return made
 
 
-def test_the_layout_of_a_matrix_does_not_matter() -> None:
-    matrix = with_values(INDEX**-0.5, 200, N).float()
-    one = factorise(matrix, K, generator=seeded()).lowrank
-    other = factorise(matrix.mT.contiguous().mT, K, generator=seeded()).lowrank
-    torch.testing.assert_close(whole(one), whole(other), rtol=0, atol=1e-4)
+def same(found: list[Factorised], expected: list[Factorised]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert (one.method, one.lowrank.rank) == (other.method, other.lowrank.rank)
+        assert one.singular_values == pytest.approx(other.singular_values, rel=1e-9)
+        figures = [(f.energy, f.error, f.norm) for f in (one, other)]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-9, abs=1e-9)
+        size = 1e-6 * max(one.singular_values, default=1.0)
+        torch.testing.assert_close(whole(one.lowrank).cpu(), whole(other.lowrank), rtol=0, atol=size)
+        if one.lowrank.rank < 3:  # the signs and the order of vectors of distinct values
+            torch.testing.assert_close(one.lowrank.up.cpu(), other.lowrank.up, rtol=0, atol=size)
 
 
-def test_many_are_factorised_as_each() -> None:
-    matrices = [with_values(INDEX**-power, N, 200, seed=7).float() for power in (0.3, 1.0, 2.0)]
-    generators = [seeded(i) for i in range(3)]
-    found = factorise_many(matrices, K, generators=generators)
-    for i, (one, matrix) in enumerate(zip(found, matrices, strict=True)):
-        assert torch.equal(one.lowrank.up, factorise(matrix, K, generator=seeded(i)).lowrank.up)
+RULES: list[RankRule | int] = [2, RankRule.parse("energy:0.99"), 100, 3]
 
 
-@pytest.mark.parametrize("method", ["exact", "randomised"])
-@pytest.mark.parametrize("shape", [(N, 200), (200, N)], ids=str)
-def test_a_stack_is_factorised_to_the_tolerance_of_each(method: str, shape: tuple[int, int]) -> None:
-    """As on a CUDA device, where equal shapes are done together; one of them needs float64, one has nothing."""
-    matrices = [with_values(INDEX**-power, *shape, seed=7).float() for power in (0.3, 1.0, 4.0)] + [torch.zeros(shape)]
-    generators = [seeded(i) for i in range(4)]
-    found = module._factorise(torch.stack(matrices), RankRule("rank", K), generators, method)
-    assert [f.lowrank.rank for f in found] == [K, K, K, 0]
-    for one, matrix in zip(found[:3], matrices, strict=False):
-        assert distance(matrix, one.lowrank) <= (1 + TOLERANCE) * tail(matrix, K) + 2e-7 * one.norm
-        assert math.isclose(one.norm, float(matrix.double().norm()), rel_tol=1e-9)
+@every_shape
+@pytest.mark.parametrize("rules", [RULES, [2] * 4, [100] * 4], ids=str)
+def test_a_stack_is_truncated_as_each(shape: tuple[int, int, int], rules: list[RankRule | int]) -> None:
+    """As on a CUDA device, where equal shapes are done together."""
+    made = alike(shape)
+    up, down = torch.stack([a.up for a in made]), torch.stack([a.down for a in made])
+    expected = [truncate(a, rule) for a, rule in zip(made, rules, strict=True)]
+    same(module._truncate(up, down, rules), expected)
+
+
+def test_many_are_truncated_as_each() -> None:
+    made = [*alike((24, 6, 40)), adapter(9, 3, 12, dtype=torch.float16)]
+    found = truncate_many(made, [*RULES, 2])
+    for one, a, rule in zip(found, made, [*RULES, 2], strict=True):
+        assert torch.equal(one.lowrank.up, truncate(a, rule).lowrank.up)
+    assert truncate_many([], []) == []
+    with pytest.raises(ValueError, match="shorter"):
+        truncate_many(made, RULES)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_cuda_device_finds_what_the_cpu_does() -> None:
-    matrices = [with_values(INDEX**-power, N, 200, seed=7).float() for power in (0.5, 1.0)]
-    found = factorise_many([m.cuda() for m in matrices], K, generators=[seeded(i) for i in range(2)])
-    for one, matrix in zip(found, matrices, strict=True):
-        assert one.lowrank.up.is_cuda
-        cpu = LowRank(one.lowrank.up.cpu(), one.lowrank.down.cpu())
-        assert distance(matrix, cpu) <= (1 + TOLERANCE) * tail(matrix, K)
-        again = truncate(one.lowrank, 4).lowrank
-        expected = truncate(cpu, 4).lowrank
-        torch.testing.assert_close(again.up.cpu(), expected.up, rtol=0, atol=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------ rounding
-
-
-@pytest.mark.parametrize(
-    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.bfloat16), (torch.float16,) * 2], ids=str
-)
-@pytest.mark.parametrize("scale", [1.0, 0.02])
-def test_the_noise_floor_is_that_of_two_roundings(dtypes: Sequence[torch.dtype], scale: float) -> None:
-    base = random(300, 200) * scale
-    other = base + random(300, 200, seed=1) * scale
-    noise = sum((t.to(d).double() - t) * sign for t, d, sign in zip((base, other), dtypes, (-1, 1), strict=True))
-    floor = noise_floor(base.to(dtypes[0]), other.to(dtypes[1]))
-    assert math.isclose(floor.norm, float(noise.norm()), rel_tol=0.03)
-    assert 0.98 <= floor.largest / float(torch.linalg.matrix_norm(noise, 2)) <= 1.2
-
-
-def test_rows_of_larger_values_raise_the_noise_floor() -> None:
-    base = random(300, 200)
-    base[7] *= 64
-    stored = base.bfloat16()
-    noise = float(torch.linalg.matrix_norm(stored.double() - base, 2))
-    even = noise_floor(stored, torch.zeros_like(stored))
-    assert even.largest >= noise
-    assert even.largest <= 1.5 * noise
-
-
-def test_what_stands_above_the_noise_is_what_was_put_in() -> None:
-    base = random(300, 200) * 0.02
-    change = with_values(torch.tensor([1.0, 0.5, 0.2]), 300, 200)
-    a, b = base.bfloat16(), (base + change).bfloat16()
-    values = torch.linalg.svdvals(b.double() - a.double()).tolist()
-    floor = noise_floor(a, b)
-    assert floor.above(values) == 3
-    assert values[3] <= floor.largest
-
-
-def test_zeros_and_the_smallest_numbers_have_next_to_no_noise() -> None:
-    zero = torch.zeros(4, 5, dtype=torch.float16)
-    assert noise_floor(zero, zero).largest <= 2 * 2.0**-24
-    smallest = torch.full((4, 5), 2.0**-24, dtype=torch.float16)
-    # All subnormal numbers are 2⁻²⁴ apart.
-    assert math.isclose(noise_floor(smallest, zero).norm, math.sqrt(2 * 20 / 12) * 2.0**-24, rel_tol=1e-6)
-    assert noise_floor(torch.ones(4, 5), torch.ones(4, 5)).norm <= 1e-6
+def test_a_cuda_device_truncates_as_the_cpu() -> None:
+    made = [*alike((24, 6, 40)), adapter(9, 3, 12), *alike((24, 6, 40), torch.float16), *alike((20, 50, 60))]
+    rules = [*RULES, 2, *RULES, *RULES]
+    found = truncate_many([LowRank(a.up.cuda(), a.down.cuda()) for a in made], rules)
+    assert all(f.lowrank.up.is_cuda for f in found)
+    same(found, truncate_many(made, rules))

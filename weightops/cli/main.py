@@ -35,6 +35,8 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("merge", "Checkpoints", "Two or more models into one, every tensor accounted for."),
     Entry("fuse", "LoRAs", "LoRAs of any family and dialect into a checkpoint."),
     Entry("extract", "LoRAs", "A LoRA out of a finetune and its base."),
+    Entry("combine", "LoRAs", "Several LoRAs into one, exactly or at the best of a rank."),
+    Entry("resize", "LoRAs", "Fewer ranks for a LoRA of any family, each at its best."),
     Entry("unfuse", "LoRAs", "Take fused LoRAs out again, bit for bit."),
     Entry("convert", "Files", "A checkpoint in another layout, dtype or container."),
     Entry("demo", "Start here", "A small real merge, made and checked on the spot."),

@@ -7,20 +7,14 @@ from typing import Any
 import click
 
 from weightops.cli import options, render
-from weightops.errors import UsageError
 from weightops.merging.method import METHODS
 from weightops.ops.merge import merge
 
 
 def _list_methods(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
-    if not value or ctx.resilient_parsing:
-        return
-    drawn = render.table("method", "models", "parameters", "what it does")
-    for name, method in METHODS:
-        parameters = ", ".join(p.name if p.default is None else f"{p.name}={p.default}" for p in method.parameters)
-        drawn.add_row(name, ", ".join(method.models), parameters, " ".join(method.summary.split()))
-    render.console().print(drawn)
-    ctx.exit()
+    if value and not ctx.resilient_parsing:
+        render.methods((name, ", ".join(m.models), m.parameters, m.summary) for name, m in METHODS)
+        ctx.exit()
 
 
 @click.command("merge", short_help="Two or more models into one.")
@@ -59,17 +53,7 @@ def command(
     """
     with render.progress("merging", quiet=quiet or as_json) as on_progress:
         report = merge(
-            *models, normalize=not no_normalize, parameters=_parameters(settings), verify=verify,
+            *models, normalize=not no_normalize, parameters=options.settings_of(settings), verify=verify,
             on_progress=on_progress, **rest,
         )  # fmt: skip
     render.finished(report, as_json=as_json, quiet=quiet, verbose=verbose)
-
-
-def _parameters(settings: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or not name:
-            raise UsageError("--set", f"found {setting!r}, expected NAME=VALUE")
-        found[name] = value
-    return found

@@ -126,3 +126,14 @@ writing_factors = together(output, force, dry_run, strict, verify, factors_dtype
 running = together(device, memory, threads)
 running_whole = together(device, memory_whole, threads)
 speaking = together(as_json, quiet, verbose)
+
+
+def settings_of(words: tuple[str, ...]) -> dict[str, str]:
+    """NAME=VALUE, as --set takes them."""
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise UsageError("--set", f"found {word!r}, expected NAME=VALUE")
+        found[name] = value
+    return found

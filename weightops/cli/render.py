@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -109,14 +110,17 @@ def report(found: Report, *, verbose: bool) -> None:
         out.print()
         known = (
             "tensors", "merged", "fused", "cast", "copied", "split", "dropped",
-            "modules", "convolutions", "whole", "equal",
+            "modules", "convolutions", "cut", "made LoRA", "kept", "whole", "equal",
         )  # fmt: skip
         counts = [k for k in known if any(g.get(k) for g in found.groups)]
         drawn = table("component", *counts, right=tuple(range(1, len(counts) + 1)))
         for group in found.groups:
             drawn.add_row(group["component"], *(f"{group[k]:,}" if group.get(k) else "-" for k in counts))
         out.print(drawn)
-    _unused(out, found, verbose)
+    if "plan" in found.details:
+        _plan(out, found.details["plan"])
+    else:
+        _unused(out, found, verbose)
     if "line" in found.details:
         out.print()
         out.print(printable(found.details["line"]), soft_wrap=True)
@@ -138,12 +142,11 @@ def report(found: Report, *, verbose: bool) -> None:
         if bundled is not None:
             out.print(f"would write {printable(bundled['output'])}  {size(bundled['bytes_written'])}", soft_wrap=True)
         return
-    out.print(f"wrote  {printable(found.output or '')}  {size(found.bytes_written)}", style="green", soft_wrap=True)
-    if undo is not None:
-        out.print(f"wrote  {printable(undo['output'])}  {size(undo['bytes_written'])}", style="green", soft_wrap=True)
-    if bundled is not None:
-        wrote = f"wrote  {printable(bundled['output'])}  {size(bundled['bytes_written'])}"
-        out.print(wrote, style="green", soft_wrap=True)
+    if found.output is not None:
+        wrote(found.output, found.bytes_written)
+    for beside in (undo, bundled):
+        if beside is not None:
+            wrote(beside["output"], beside["bytes_written"])
     speed = size((found.bytes_read + found.bytes_written) / max(found.seconds, 1e-9))
     peak = f", peak memory {found.peak_memory_bytes / 2**20:.0f} MiB" if found.peak_memory_bytes else ""
     out.print(f"       {found.seconds:.2f} s, {speed}/s{peak}", style="dim")
@@ -157,6 +160,24 @@ def report(found: Report, *, verbose: bool) -> None:
     if found.checked is not None:
         out.print(f"       checked: {found.checked['tensors']:,} tensors came back, {size(found.checked['bytes'])}, "
                   f"byte for byte")  # fmt: skip
+
+
+def wrote(name: str, nbytes: int) -> None:
+    console().print(f"wrote  {printable(name)}  {size(nbytes)}", style="green", soft_wrap=True)
+
+
+def _plan(out: Console, points: Sequence[Mapping[str, Any]]) -> None:
+    """What each size costs: one rank for all modules, and as many bytes shared out."""
+    out.print()
+    names = ("rank for all", "size", "error", "shared out: error", "ranks")
+    drawn = table(*names, right=tuple(range(len(names))))
+    for point in points:
+        low, high = point["shared_ranks"]
+        drawn.add_row(
+            str(point["rank"]), size(point["bytes"]), f"{100 * point['error']:.2f} %",
+            f"{100 * point['shared_error']:.2f} %", str(low) if low == high else f"{low} to {high}",
+        )  # fmt: skip
+    out.print(drawn)
 
 
 def _modules(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -187,6 +208,15 @@ def _unused(out: Console, found: Report, verbose: bool) -> None:
         if verbose:
             for key in keys:
                 out.print(f"          {printable(key)}", style="dim", soft_wrap=True)
+
+
+def methods(rows: Iterable[tuple[str, str, Sequence[Any], str]]) -> None:
+    """A table of methods: name, the models that it takes, parameters, what it does."""
+    drawn = table("method", "models", "parameters", "what it does")
+    for name, models, parameters, summary in rows:
+        said = ", ".join(p.name if p.default is None else f"{p.name}={p.default}" for p in parameters)
+        drawn.add_row(name, models, said, " ".join(summary.split()))
+    console().print(drawn)
 
 
 def print_warning(text: str) -> None:
@@ -231,11 +261,74 @@ def inspection(found: Inspection, *, verbose: bool) -> None:
             for name, value in entry.items():
                 drawn.add_row(name, printable(value))
         out.print(drawn)
+    if found.lora is not None and "spectrum" in found.lora:
+        _spectrum(out, found.lora["spectrum"], verbose)
     if found.tensors is not None:
         out.print()
         tree(out, found.tensors, found.stats)
     elif found.stats is not None:
         _stats_summary(out, found)
+
+
+def _spectrum(out: Console, said: Mapping[str, Any], verbose: bool) -> None:
+    """The modules that change most, or all of them with -v, and the whole file."""
+    rows = said["modules"]
+    most = max(row["rank"] for row in rows)
+    ranks = [rank for rank in said["energy"] if int(rank) < most]
+    relative = said["relative"] is not None
+    column = "relative" if relative else "delta_norm"
+    shown = rows if verbose else sorted(rows, key=lambda row: -(row[column] or 0.0))[:_SHOWN]
+    energies = [f"% in {rank}" if rank == ranks[0] else rank for rank in ranks]
+    heads = ["rank", "effective", *energies, "‖ΔW‖", *(["of ‖W‖"] if relative else [])]
+    cells = [_numbers(row, f"{row['rank']:,}", ranks, relative) for row in shown]
+    total = _numbers(said, "", ranks, relative)
+    wide = sum(max(map(len, column)) + 2 for column in zip(heads, total, *cells, strict=True))
+    names = _fitted([printable(row["name"]) for row in shown], max(out.width - wide - 2, 20), whole=verbose)
+    out.print()
+    drawn = table("module", *heads, right=tuple(range(1, len(heads) + 1)))
+    for name, values in zip(names, cells, strict=True):
+        drawn.add_row(name, *values)
+    drawn.add_row("all, effective: median", *total, style="dim")
+    out.print(drawn)
+    if len(shown) < len(rows):
+        out.print(f"(the {len(shown)} that change most; -v shows all {len(rows):,})", style="dim")
+    half = ", ".join(f"{100 * float(share):g} % of its energy in rank {rank}" for share, rank in said["rank_for"].items())
+    out.print(f"half of the modules have {half}", soft_wrap=True)
+    away = sum(row["weight_norm"] is None for row in rows)
+    if relative and away:
+        out.print(f"{modules(away)}: their weights are not in the base", style="yellow", soft_wrap=True)
+    reasons: dict[str, list[str]] = {}
+    for entry in said["left_out"]:
+        reasons.setdefault(entry["reason"], []).append(entry["name"])
+    for reason, left in reasons.items():
+        listed = ", ".join(map(quote, left)) if verbose else listing(left)
+        out.print(f"left out: {printable(reason)}: {listed}", style="yellow", soft_wrap=True)
+
+
+_SHOWN = 20  # modules, unless all are asked for
+
+
+def _numbers(row: Mapping[str, Any], rank: str, ranks: Sequence[str], relative: bool) -> list[str]:
+    """The cells of a module, or of all."""
+    cells = [rank, f"{row['effective_rank']:.1f}"]
+    cells += [f"{100 * row['energy'][r]:.1f}" for r in ranks]
+    cells.append(f"{row['delta_norm']:.3g}")
+    if relative:
+        cells.append("-" if row["relative"] is None else f"{100 * row['relative']:.2g} %")
+    return cells
+
+
+def _fitted(names: Sequence[str], width: int, *, whole: bool) -> list[str]:
+    """Names that are too long without what all begin with, and then without their middle."""
+    if whole or max(map(len, names)) <= width:
+        return list(names)
+    shared = os.path.commonprefix(list(names))
+    start = max(shared.rfind("_"), shared.rfind(".")) + 1
+    found = []
+    for name in (name[start:] for name in names):
+        tail = (width - 1) * 3 // 5
+        found.append(name if len(name) <= width else f"{name[: width - 1 - tail]}…{name[-tail:]}")
+    return found
 
 
 def _dotted(out: Console, words: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from weightops.errors import MismatchError
 from weightops.registry import Registry
@@ -36,6 +36,25 @@ class Told(NamedTuple):
     full_rank: int | None = None
     neumann: int | None = 5
     coft: float | None = None
+
+
+class Described(Protocol):
+    """What is known of a module's parts without their values."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]: ...
+    @property
+    def alpha(self) -> float | None: ...
+    @property
+    def told(self) -> Told: ...
+
+
+class Description(NamedTuple):
+    """A module's parts by their shapes; `alpha` and `told` as of `Parts`."""
+
+    shapes: Shapes
+    alpha: float | None
+    told: Told = Told()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +95,8 @@ class Family:
     What they do, at strength 1. scale: what ΔW is multiplied by: alpha / rank, by this family's convention. Either
     delta: rows of ΔW, [rows, …], of which no others are computed; or apply: the same rows of W to those of W', where
     the change depends on W. bias: what is added to the bias. sets: the parts are the weight and the bias themselves.
-    lowrank: up [out, rank] and down [rank, in·k·k] of which ΔW, flattened, is exactly the product, scale folded in.
+    lowrank: up [out, rank] and down [rank, in·k·k] of which ΔW, flattened, is exactly the product, scale folded in;
+    product_rank: that rank, which may exceed the matrix's sides.
     grain: rows, or tensor where each row of W' depends on other rows of W, and `apply` is given all of it.
     """
 
@@ -91,12 +111,13 @@ class Family:
     uniform_rows: bool = False
     flat: bool = False
     of_bias: tuple[str, ...] = ()
-    scale: Callable[[Parts], float] = lambda parts: 1.0
+    scale: Callable[[Described], float] = lambda parts: 1.0
     delta: Callable[[Parts, slice], Tensor] | None = None
     apply: Callable[[Tensor, Parts, slice], Tensor] | None = None
     bias: Callable[[Parts], Tensor] | None = None
     sets: bool = False
     lowrank: Callable[[Parts], tuple[Tensor, Tensor]] | None = None
+    product_rank: Callable[[Shapes], int] | None = None
     grain: Grain = "rows"
 
     def form(self, parts: Mapping[str, object]) -> tuple[str, ...] | None:

@@ -13,26 +13,14 @@ from weightops.errors import ValueRefused
 from weightops.lora.rank import RankRule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from torch import Tensor
 
-# The error of a randomised factorisation over the smallest possible one, less one.
-TOLERANCE = 0.005
-# What the estimate may take up of it after one, two, three and more iterations. On power laws it is the true excess,
-# give or take a third, after three. On plateaus and nearly flat spectra the truth can be five times as much after two
-# and three times after three: so measured on thousands of them, of which none then missed the tolerance.
-_TRUST = (0.0, 0.2, 0.35, 0.45)
-
-_OVERSAMPLING = 8  # and up to the next multiple of 16, which a matrix product takes no longer for
-_ITERATIONS = 12  # after which the exact method takes over
-_NARROW = 5  # a matrix with fewer rows or columns than so many subspaces is factorised exactly: that is as fast
-_CHUNK = 1 << 20  # values that are held in float64 at a time
-_CACHED = 1 << 16  # so many stay in a core's cache
-# Below this share of the squared norm the difference of two float32 energies tells too little.
-_DOUBLE = 1e-5
-_ROUNDING = 1e-13  # of the squared norm: what factors in float32 cannot hold
+CHUNK = 1 << 20  # values that are held in float64 at a time
+_BLOCK = 1 << 18  # as many on a CPU where they are few columns: they stay in its caches
+_PANEL = 32  # columns of a Gram matrix that a CPU computes together
 # float64 Gram matrices square the condition: singular values below this, of the product of the factors' norms, lose
 # more than six digits, and QR takes over.
 _GRAM_LIMIT = 1e-5
@@ -59,10 +47,10 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """ΔW itself [out, n], in float32 or better."""
-        return _wide(self.up) @ _wide(self.down)
+        return wide(self.up) @ wide(self.down)
 
     def scale(self, factor: float) -> LowRank:
-        return LowRank(_wide(self.up) * factor, self.down)
+        return LowRank(wide(self.up) * factor, self.down)
 
     def transpose(self) -> LowRank:
         return LowRank(self.down.mT, self.up.mT)
@@ -93,11 +81,72 @@ class Factorised:
     iterations: int = 0
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """In float32, or float64 where it is that already."""
     import torch
 
     return tensor if tensor.dtype is torch.float64 else tensor.float()
+
+
+def report(lowrank: LowRank, values: Sequence[float], lost: float, method: str, iterations: int = 0) -> Factorised:
+    """A best approximation, its signs made certain in place, and what it keeps. lost: the squared norm of the rest."""
+    import torch
+
+    down = lowrank.down
+    bands = torch.split(down, max(1, _size(down) // max(1, down.shape[1])))
+    largest = torch.cat([band.gather(1, band.abs().argmax(1, keepdim=True)) for band in bands])
+    sign = torch.where(largest < 0, -1.0, 1.0).to(down.dtype)
+    lowrank.up.mul_(sign.mT)
+    down.mul_(sign)
+    kept = sum(v * v for v in values)
+    share = kept / (kept + lost) if kept + lost > 0 else 1.0
+    error = math.sqrt(lost / (kept + lost)) if kept + lost > 0 else 0.0
+    return Factorised(lowrank, tuple(values), share, error, math.sqrt(kept + lost), method, iterations)
+
+
+# ------------------------------------------------------------------------------------------------ products by bands
+
+
+def bands(stack: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Bands of rows of a stack [b, m, n], in float64, of about so many values."""
+    height = max(1, size // max(1, stack.shape[0] * stack.shape[2]))
+    for start in range(0, stack.shape[1], height):
+        rows = slice(start, start + height)
+        yield rows, wide(stack[:, rows]).double()  # F16 to float64 is several times as slow as by way of float32
+
+
+def gram_of(stack: Tensor, size: int) -> Tensor:
+    """stackᵀ stack [b, n, n] in float64, a band of rows at a time."""
+    import torch
+
+    width = stack.shape[2]
+    total = stack.new_zeros(len(stack), width, width, dtype=torch.float64)
+    # A CPU is kept busy by a few columns, and need not compute what lies below the diagonal.
+    step = max(1, width if stack.is_cuda else _PANEL)
+    for _, band in bands(stack, size):
+        for start in range(0, width, step):
+            panel = slice(start, start + step)
+            total[:, panel, start:].baddbmm_(band[..., panel].mT, band[..., start:])
+    return total.triu_().add_(total.triu(1).mT)
+
+
+def _gram(stack: Tensor) -> Tensor:
+    return gram_of(stack, _size(stack))
+
+
+def _size(stack: Tensor) -> int:
+    return CHUNK if stack.is_cuda else _BLOCK
+
+
+def _cross(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b [r, s] of matrices [m, r] and [m, s], alike."""
+    import torch
+
+    total = a.new_zeros(a.shape[1], b.shape[1], dtype=torch.float64)
+    height = max(1, _size(a) // max(1, a.shape[1] + b.shape[1]))
+    for left, right in zip(torch.split(a, height), torch.split(b, height), strict=True):
+        total.addmm_(left.double().mT, right.double())
+    return total
 
 
 # ------------------------------------------------------------------------------------------------ algebra of factors
@@ -109,26 +158,28 @@ def add(*parts: LowRank) -> LowRank:
 
     if len({p.shape for p in parts}) != 1:
         raise ValueError(f"changes of {len(parts)} shapes: {sorted({p.shape for p in parts})}")
-    return LowRank(torch.cat([_wide(p.up) for p in parts], 1), torch.cat([_wide(p.down) for p in parts], 0))
+    return LowRank(torch.cat([wide(p.up) for p in parts], 1), torch.cat([wide(p.down) for p in parts], 0))
 
 
 def inner(a: LowRank, b: LowRank) -> float:
     """<ΔA, ΔB>, the Frobenius inner product: Σ (upAᵀ upB) ∘ (downA downBᵀ), in float64. ΔW is never built."""
-    left = a.up.double().mT @ b.up.double()
-    return float((left * (a.down.double() @ b.down.double().mT)).sum())
+    if a.shape != b.shape:
+        raise ValueError(f"changes of 2 shapes: {sorted({a.shape, b.shape})}")
+    return float((_cross(a.up, b.up) * _cross(a.down.mT, b.down.mT)).sum())
 
 
 def norm(a: LowRank) -> float:
     """‖ΔA‖, the Frobenius norm. Where factors cancel, right to 1e-8 of the product of their norms."""
-    return math.sqrt(max(inner(a, a), 0.0))
+    return math.sqrt(max(float((_gram(a.up[None]) * _gram(a.down.mT[None])).sum()), 0.0))
 
 
 # ------------------------------------------------------------------------------------------------ truncation
 
 
 class _Core(NamedTuple):
-    """The singular value decomposition of u @ d: left_basis @ left and right @ right_basis are the unit vectors.
+    """The singular value decompositions of a stack [b] of products.
 
+    left_basis [b, out, r] @ left and right @ right_basis [b, r, n] are the unit vectors; the bases are in any dtype.
     limit: singular values below it are not to be trusted.
     """
 
@@ -137,20 +188,21 @@ class _Core(NamedTuple):
     left: Tensor
     right: Tensor
     right_basis: Tensor
-    limit: float
+    limit: Tensor
     method: str
-
-    def trusted(self, rank: int) -> bool:
-        return rank == 0 or float(self.values[rank - 1]) >= self.limit
 
 
 def singular_values(lowrank: LowRank) -> tuple[float, ...]:
     """All singular values of ΔW, largest first, min(out, rank, n) of them; those that rounding made are zero."""
-    up, down = _thin(lowrank)
-    core = _by_gram(up, down)
-    if not core.trusted(len(core.values)):
-        core = _by_qr(up, down)
-    return tuple(core.values.tolist())
+    import torch
+
+    up, down = _thin(lowrank.up[None], lowrank.down[None])
+    _, _, square, limit = _squared(up, down)
+    values = torch.linalg.eigvalsh(square).clamp_min(0).sqrt().flip(-1)
+    if bool((values < limit[:, None]).any()):
+        left, right = (torch.linalg.qr(basis.double(), mode="r").R for basis in (up, down.mT))
+        values = _above_rounding(torch.linalg.svdvals(left @ right.mT), left, right)
+    return tuple(values[0].tolist())
 
 
 def truncate(lowrank: LowRank, rule: RankRule | int) -> Factorised:
@@ -159,369 +211,151 @@ def truncate(lowrank: LowRank, rule: RankRule | int) -> Factorised:
     Singular values are split evenly (their square roots) between up and down; of each row of down, the entry of the
     largest magnitude is positive. A rule that asks for more than there is keeps what there is.
 
-    In float64. The eigenvectors of the factors' Gram matrices are 2 to 3 times as fast as QR of both factors and
-    the SVD of the core, but square the condition: QR takes over where a value that is kept is below 1e-5 ‖up‖‖down‖,
-    as of factors that nearly cancel, or that have fewer ranks than it seems.
+    In float64, a band of the factors at a time. The eigenvectors of r×r products of their Gram matrices take a fifth
+    of the time of QR of both factors and the SVD of the core, but square the condition: QR takes over where a value
+    that is kept is below 1e-5 ‖up‖‖down‖, as of factors that nearly cancel, or that have fewer ranks than it seems.
+    Takes what `truncate_nbytes` says.
     Source: Eckart & Young 1936 (optimality); QR recompression of a factored matrix. Raises ValueRefused.
     """
-    rule = RankRule("rank", rule) if isinstance(rule, int) else rule
-    up, down = _thin(lowrank)
-    out, n = lowrank.shape
-    for decompose in (_by_gram, _by_qr):
-        core = decompose(up, down)
-        energies = core.values.square()
-        rank = rule.choose(core.values.tolist(), out, n, float(energies.sum()))
-        if core.trusted(rank):
-            break
-    half = core.values[:rank].sqrt()
-    left = core.left_basis @ (core.left[:, :rank] * half)
-    right = (half[:, None] * core.right[:rank]) @ core.right_basis
-    return _report(left, right, core.values[:rank], float(energies[rank:].sum()), lowrank.up, core.method)
+    return _truncate(lowrank.up[None], lowrank.down[None], [rule])[0]
 
 
-def _thin(lowrank: LowRank) -> tuple[Tensor, Tensor]:
-    """The factors in float64, of rank min(out, n) at most: where there are more ranks, one of them is the identity."""
+def truncate_many(lowranks: Sequence[LowRank], rules: Sequence[RankRule | int]) -> list[Factorised]:
+    """`truncate` of each by its own rule; those of one shape, rank and dtype on a CUDA device are done together."""
+    groups: dict[object, list[int]] = {}
+    for i, (a, _) in enumerate(zip(lowranks, rules, strict=True)):
+        key = (a.shape, a.rank, a.up.dtype, a.down.dtype, a.up.device) if a.up.is_cuda else i
+        groups.setdefault(key, []).append(i)
+    found: dict[int, Factorised] = {}
+    for group in groups.values():
+        up, down = _stacked([lowranks[i].up for i in group]), _stacked([lowranks[i].down for i in group])
+        found.update(zip(group, _truncate(up, down, [rules[i] for i in group]), strict=True))
+    return [found[i] for i in range(len(lowranks))]
+
+
+def truncate_nbytes(out: int, n: int, rank: int, kept: int) -> int:
+    """The bytes that `truncate` takes at most on a CPU beside its factors, which may be of any dtype.
+
+    With its result of `kept` ranks; `singular_values` takes no more.
+    """
+    width = min(rank, out, n)
+    product = 8 * (out * n + width * width) if rank > width else 0
+    band = 20 * min(max(_BLOCK, out + n), rank * (out + n))  # in float64, and what the next is made from
+    # QR's bases, and then a float64 copy of one factor, or the result; beside them, what decomposes the core.
+    copies = 8 * max(width * max(out, n), kept * (out + n))
+    return product + 8 * width * (out + n) + copies + band + 48 * width * width + 2048 * (width + 1)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
     import torch
 
-    up, down = lowrank.up.double(), lowrank.down.double()
-    if not bool(up.isfinite().all() and down.isfinite().all()):
-        raise ValueRefused("", "its factors hold NaN or Inf")
-    out, n = lowrank.shape
-    if lowrank.rank <= min(out, n):
+    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
+
+
+def _truncate(up: Tensor, down: Tensor, rules: Sequence[RankRule | int]) -> list[Factorised]:
+    """Of stacks of factors [b, out, r] and [b, r, n]."""
+    import torch
+
+    dtype = torch.promote_types(torch.promote_types(up.dtype, down.dtype), torch.float32)
+    parsed = [RankRule("rank", rule) if isinstance(rule, int) else rule for rule in rules]
+    return _decomposed(*_thin(up, down), parsed, dtype, _by_gram)
+
+
+def _decomposed(
+    up: Tensor, down: Tensor, rules: Sequence[RankRule], dtype: torch.dtype,
+    decompose: Callable[[Tensor, Tensor], _Core],
+) -> list[Factorised]:  # fmt: skip
+    """The same by one of the ways to decompose, or by QR where that is not to be trusted."""
+    core = decompose(up, down)
+    values, limits = core.values.tolist(), core.limit.tolist()
+    energies = core.values.square().sum(-1).tolist()
+    out, n = up.shape[1], down.shape[2]
+    ranks = [rule.choose(v, out, n, energy) for rule, v, energy in zip(rules, values, energies, strict=True)]
+    doubted = [i for i, rank in enumerate(ranks) if rank and values[i][rank - 1] < limits[i]]
+    if doubted and len(doubted) == len(ranks):
+        return _decomposed(up, down, rules, dtype, _by_qr)
+    ups, downs = _factors(core, max(ranks), dtype)
+    found = []
+    for i, rank in enumerate(ranks):
+        lost = sum(v * v for v in values[i][rank:])
+        found.append(report(LowRank(ups[i, :, :rank], downs[i, :rank]), values[i][:rank], lost, core.method))
+    if doubted:
+        again = _decomposed(up[doubted], down[doubted], [rules[i] for i in doubted], dtype, _by_qr)
+        for i, better in zip(doubted, again, strict=True):
+            found[i] = better
+    return found
+
+
+def _factors(core: _Core, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """up [b, out, rank] and down [b, rank, n]."""
+    half = core.values[:, :rank].sqrt()
+    factors = []
+    # Both as rows: of a tall matrix and a narrow one the product takes twice as long.
+    for basis, vectors in ((core.left_basis, core.left.mT), (core.right_basis.mT, core.right)):
+        rows = half[..., None] * vectors[:, :rank]
+        factor = half.new_empty(len(half), rank, basis.shape[1], dtype=dtype)
+        for columns, band in bands(basis, _size(basis)):
+            factor[..., columns] = rows @ band.mT
+        factors.append(factor)
+    return factors[0].mT, factors[1]
+
+
+def _thin(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors; where their ranks are more than rows or columns, their product in float64 beside the identity."""
+    import torch
+
+    count, out, rank = up.shape
+    n = down.shape[2]
+    if rank <= min(out, n):
         return up, down
-    whole = up @ down
-    one = torch.eye(min(out, n), dtype=up.dtype, device=up.device)
+    whole = up.new_zeros(count, out, n, dtype=torch.float64)
+    height = max(1, _size(up) // max(1, count * (out + n)))
+    for left, right in zip(torch.split(up, height, 2), torch.split(down, height, 1), strict=True):
+        whole.baddbmm_(left.double(), right.double())
+    one = torch.eye(min(out, n), dtype=whole.dtype, device=whole.device).expand(count, -1, -1)
     return (one, whole) if out <= n else (whole, one)
 
 
-def _by_gram(up: Tensor, down: Tensor) -> _Core:
-    """With root·rootᵀ = down·downᵀ: the eigenvalues of rootᵀ(upᵀup)root are the squares of the singular values."""
+def _squared(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """upᵀup; a root of down·downᵀ; rootᵀ(upᵀup)root, whose eigenvalues are the squared singular values; the limit."""
     import torch
 
-    left_gram, right_gram = up.mT @ up, down @ down.mT
-    weights, vectors = torch.linalg.eigh(right_gram)
-    root = vectors * weights.clamp_min(0).sqrt()
-    squares, turned = torch.linalg.eigh(root.mT @ left_gram @ root)
-    values = squares.clamp_min(0).sqrt().flip(0)
-    divisor = values.clamp_min(1e-150)  # of values that are zero the vectors are not used
-    left = root @ turned.flip(1) / divisor
-    right = (left_gram @ left / divisor).mT
-    limit = _GRAM_LIMIT * math.sqrt(float(left_gram.trace() * right_gram.trace()))
-    return _Core(values, up, left, right, down, limit, "gram")
+    left, right = _gram(up), _gram(down.mT)
+    traces = [gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (left, right)]
+    limit = _GRAM_LIMIT * (traces[0] * traces[1]).sqrt()
+    if not bool(limit.isfinite().all()):  # a sum of squares is finite where each value is
+        raise ValueRefused("", "its factors hold NaN or Inf")
+    root, failed = torch.linalg.cholesky_ex(right)
+    if bool(failed.any()):  # down has fewer ranks than it seems
+        weights, vectors = torch.linalg.eigh(right)
+        root = torch.where(failed[:, None, None] == 0, root, vectors * weights.clamp_min(0).sqrt()[:, None])
+    return left, root, root.mT @ left @ root, limit
+
+
+def _by_gram(up: Tensor, down: Tensor) -> _Core:
+    import torch
+
+    gram, root, square, limit = _squared(up, down)
+    squares, turned = torch.linalg.eigh(square)
+    values = squares.clamp_min(0).sqrt().flip(-1)
+    divisor = values.clamp_min(1e-150)[:, None]  # of values that are zero the vectors are not used
+    left = root @ turned.flip(-1) / divisor
+    return _Core(values, up, left, (gram @ left / divisor).mT, down, limit, "gram")
 
 
 def _by_qr(up: Tensor, down: Tensor) -> _Core:
     import torch
 
-    left_basis, left = torch.linalg.qr(up)
-    right_basis, right = torch.linalg.qr(down.mT)
+    left_basis, left = torch.linalg.qr(up.double())
+    right_basis, right = torch.linalg.qr(down.mT.double())
     x, values, y = torch.linalg.svd(left @ right.mT)
-    rounding = len(values) * torch.finfo(values.dtype).eps * float(left.norm() * right.norm())
-    return _Core(values.where(values > rounding, 0), left_basis, x, y, right_basis.mT, 0.0, "qr")
+    values = _above_rounding(values, left, right)
+    return _Core(values, left_basis, x, y, right_basis.mT, values.new_zeros(len(values)), "qr")
 
 
-def _report(
-    up: Tensor, down: Tensor, values: Tensor, lost: float, like: Tensor, method: str, iterations: int = 0
-) -> Factorised:
-    """Signs made certain, factors in float32 (float64 where the values `like` are), and what they keep."""
+def _above_rounding(values: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Singular values of left @ right.mT, with zeros where rounding made them."""
     import torch
 
-    largest = down.gather(1, down.abs().argmax(1, keepdim=True))
-    sign = torch.where(largest < 0, -1.0, 1.0).to(down.dtype)
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    lowrank = LowRank((up * sign.mT).to(dtype), (down * sign).to(dtype))
-    kept = float(values.double().square().sum())
-    share = kept / (kept + lost) if kept + lost > 0 else 1.0
-    error = math.sqrt(lost / (kept + lost)) if kept + lost > 0 else 0.0
-    return Factorised(lowrank, tuple(values.tolist()), share, error, math.sqrt(kept + lost), method, iterations)
-
-
-# ------------------------------------------------------------------------------------------------ factorisation
-
-
-def factorise(matrix: Tensor, rule: RankRule | int, *, generator: torch.Generator, method: str = "auto") -> Factorised:
-    """The best approximation of `matrix` [out, n] that `rule` allows: its error is at most 1.005 times the optimum.
-
-    What factors in float32 cannot hold, 1e-7 of the matrix's norm, comes on top.
-    exact: the eigenvectors of the smaller Gram matrix, in float64. They tell singular values above 1e-8 of the
-    largest, which is finer than a float32 SVD does; a float64 matrix takes the SVD itself. randomised: subspace
-    iteration, `_subspace`. auto: randomised where the matrix is wide and tall enough for it to be faster, and the rule
-    has a largest rank and does not need all singular values; exact otherwise, and where it does not converge.
-
-    Singular values below what float32 tells from zero beside the largest count as zero. Signs and the split are those
-    of `truncate`. Takes what `factorise_nbytes` says. generator: on the CPU.
-    Source: Eckart & Young 1936 (the optimum); Halko, Martinsson & Tropp 2011. Raises ValueRefused for NaN and Inf.
-    """
-    return _factorise(matrix[None], rule, [generator], method)[0]
-
-
-def factorise_many(
-    matrices: Sequence[Tensor], rule: RankRule | int, *, generators: Sequence[torch.Generator], method: str = "auto"
-) -> list[Factorised]:
-    """`factorise` of each; matrices of one shape on a CUDA device are done together, until the last has converged.
-
-    The bytes then depend on which matrices were handed in together: group them by their shapes, not by the memory.
-    """
-    import torch
-
-    together = len({(m.shape, m.dtype, m.device) for m in matrices}) == 1 and matrices[0].is_cuda
-    if together:
-        return _factorise(torch.stack(list(matrices)), rule, generators, method)
-    pairs = zip(matrices, generators, strict=True)
-    return [factorise(m, rule, generator=g, method=method) for m, g in pairs]
-
-
-def factorise_nbytes(out: int, n: int, rule: RankRule | int) -> int:
-    """The bytes that `factorise` takes at most beside a matrix [out, n] in float32."""
-    rule = RankRule("rank", rule) if isinstance(rule, int) else rule
-    width = min(rule.most(out, n) + _OVERSAMPLING + 16, out, n)
-    least = min(out, n)
-    bands = 16 * _CHUNK
-    if rule.needs_all or _NARROW * width > least:
-        return bands + 8 * (4 * least * least + 2 * width * (out + n))
-    # In float64, where it comes to that: Q, its image, the residual and what QR makes of them; and the factors.
-    return bands + 8 * 5 * width * (out + n)
-
-
-def spectrum(matrix: Tensor) -> tuple[list[float], float]:
-    """All singular values of a matrix, largest first, and the sum of their squares; as exact as `factorise`'s own.
-
-    Raises ValueRefused for NaN and Inf.
-    """
-    import torch
-
-    work = _wide(matrix)
-    energy = float(_energy(work[None])[0])
-    if not math.isfinite(energy):
-        raise ValueRefused("", "the matrix holds NaN or Inf")
-    work = work if work.shape[0] >= work.shape[1] else work.mT
-    if work.dtype is torch.float64:
-        values = torch.linalg.svdvals(work)
-    else:
-        values = torch.linalg.eigvalsh(_gram_of(work[None])[0]).clamp_min(0).sqrt().flip(-1)
-    return values.where(values > _zero(work, values), 0).tolist(), energy
-
-
-def _zero(matrix: Tensor, values: Tensor) -> float:
-    """Singular values up to this are not told from zero."""
-    import torch
-
-    precise = matrix.dtype is torch.float64
-    return torch.finfo(matrix.dtype).eps * (max(matrix.shape) if precise else 1) * max(values.tolist(), default=0.0)
-
-
-class _Found(NamedTuple):
-    """Of a stack of matrices: singular values, unit right vectors [b, n, l], and stack @ right where it is known."""
-
-    values: Tensor
-    right: Tensor
-    image: Tensor | None
-    method: str
-    iterations: int
-
-
-def _factorise(
-    stack: Tensor, rule: RankRule | int, generators: Sequence[torch.Generator], method: str
-) -> list[Factorised]:
-    """Of a stack [b, out, n] of matrices."""
-    import torch
-
-    rule = RankRule("rank", rule) if isinstance(rule, int) else rule
-    work = _wide(stack)
-    _, out, n = work.shape
-    energy = _energy(work)
-    if not bool(energy.isfinite().all()):
-        raise ValueRefused("", "the matrix holds NaN or Inf")
-    most = rule.most(out, n)
-    width = min(-(-(most + _OVERSAMPLING) // 16) * 16, out, n)
-    # Few rows and many columns: it is on the rows' side that most is done beside the products.
-    turned = work if out <= n else work.mT
-    found = None
-    if method == "randomised" or (method == "auto" and not rule.needs_all and _NARROW * width <= min(out, n)):
-        start = torch.stack([torch.randn(max(out, n), width, generator=g) for g in generators])
-        found = _subspace(turned, start.to(work), most, energy)
-    if found is None:
-        turned = turned.mT
-        found = _exact(turned)
-    flipped = (out > n) == (found.method == "randomised")
-    return [_finish(m, found, i, rule, float(energy[i]), flipped) for i, m in enumerate(turned)]
-
-
-def _finish(matrix: Tensor, found: _Found, number: int, rule: RankRule, energy: float, flipped: bool) -> Factorised:
-    """The factors of one matrix of the stack, or of its transpose where it is `flipped`."""
-    values = found.values[number]
-    values = values.where(values > _zero(matrix, values), 0)
-    rank = rule.choose(values.tolist(), matrix.shape[0], matrix.shape[1], energy)
-    right = found.right[number][:, :rank]
-    image = _times(matrix[None], right[None])[0] if found.image is None else found.image[number][:, :rank]
-    half = values[:rank].sqrt().to(image.dtype)
-    up, down = image / half, half[:, None] * right.mT
-    if flipped:
-        up, down = down.mT, up.mT
-    lost = max(energy - float(values[:rank].square().sum()), 0.0)
-    return _report(up, down, values[:rank], lost, matrix, found.method, found.iterations)
-
-
-def _chunks(stack: Tensor, size: int) -> Iterator[Tensor]:
-    """Bands of rows of a stack [b, m, n], in float64, of about so many values."""
-    height = max(1, size // max(1, stack.shape[0] * stack.shape[2]))
-    for start in range(0, stack.shape[1], height):
-        yield stack[:, start : start + height].double()
-
-
-def _energy(stack: Tensor) -> Tensor:
-    """The squared Frobenius norms [b], in float64."""
-    total = stack.new_zeros(len(stack)).double()
-    for band in _chunks(stack, _CACHED):
-        total += band.square().sum((1, 2))
-    return total
-
-
-def _times(stack: Tensor, right: Tensor) -> Tensor:
-    """stack @ right [b, m, l]; in float64 where `right` is, without a float64 copy of the stack."""
-    import torch
-
-    if stack.dtype == right.dtype:
-        return stack @ right
-    return torch.cat([band @ right for band in _chunks(stack, _CHUNK)], 1)
-
-
-def _transposed_times(stack: Tensor, left: Tensor) -> Tensor:
-    """stackᵀ @ left [b, n, l], alike."""
-    if stack.dtype == left.dtype:
-        return (left.mT @ stack).mT
-    total = left.new_zeros(stack.shape[0], stack.shape[2], left.shape[2])
-    row = 0
-    for band in _chunks(stack, _CHUNK):
-        total += band.mT @ left[:, row : row + band.shape[1]]
-        row += band.shape[1]
-    return total
-
-
-def _gram_of(stack: Tensor) -> Tensor:
-    """stackᵀ stack [b, n, n] in float64, a band of rows at a time."""
-    total = stack.new_zeros(stack.shape[0], stack.shape[2], stack.shape[2]).double()
-    for band in _chunks(stack, _CHUNK):
-        total += band.mT @ band
-    return total
-
-
-def _exact(stack: Tensor) -> _Found:
-    """All singular values and right vectors of a stack [b, m, n] with m ≥ n."""
-    import torch
-
-    if stack.dtype is torch.float64:
-        _, values, right = torch.linalg.svd(stack, full_matrices=False)
-        return _Found(values, right.mT, None, "exact", 0)
-    squares, vectors = torch.linalg.eigh(_gram_of(stack))
-    return _Found(squares.clamp_min(0).sqrt().flip(-1), vectors.flip(-1), None, "exact", 0)
-
-
-def _subspace(stack: Tensor, start: Tensor, k: int, energy: Tensor, spent: int = 0) -> _Found | None:
-    """Randomised subspace iteration until the best k are within TOLERANCE; None where that takes too long.
-
-    Each iteration, Q → M Mᵀ Q, takes two products; between them the Ritz vectors of Q and their residual bound the
-    energy of the best rank k from above, `_most_energy`; what the second product keeps of it is known, and is the
-    answer. Half the smallest Ritz value is subtracted from M Mᵀ: it doubles the rate at which the directions that
-    decide are told apart, and costs nothing.
-    Products are in float32; what is summed and decomposed, in float64. Where so little is lost that the difference
-    of two energies cannot tell it, it goes on in float64, a band of the matrix at a time.
-
-    Source: Halko, Martinsson & Tropp 2011, arXiv:0909.4061, algorithm 4.4; Musco & Musco 2015, arXiv:1504.05477 (what
-    iterations gain without a gap); Feng, Yu, Xie & Tang 2024, arXiv:2404.09276 (the shift).
-    """
-    import torch
-
-    q = torch.linalg.qr(_times(stack, start)).Q
-    for iteration in range(spent + 1, spent + _ITERATIONS + 1):
-        basis, core = torch.linalg.qr(_transposed_times(stack, q))
-        ritz, vectors = torch.linalg.eigh(_gram(core.mT))  # the values of M Mᵀ, largest last
-        right, inside = basis @ vectors.to(q), q @ (core.mT @ vectors.to(q))
-        image = _times(stack, right)  # of which Q holds what is inside
-        squares, turn = torch.linalg.eigh(_gram(image))
-        best = squares.shape[-1] - k
-        lost = energy - squares[..., best:].sum(-1)
-        if q.dtype is torch.float32 and bool((lost < _DOUBLE * energy).any()):
-            return _subspace(stack, right.double(), k, energy, iteration)
-        done = lost <= _ROUNDING * energy
-        trust = _TRUST[min(iteration, len(_TRUST)) - 1]
-        if trust:
-            least = energy - _most_energy(ritz, image - inside, k)
-            done |= lost <= (1 + trust * TOLERANCE) ** 2 * least
-        if bool(done.all()):
-            turn = turn[..., best:].flip(-1).to(q)
-            values = squares[..., best:].flip(-1).clamp_min(0).sqrt()
-            return _Found(values, right @ turn, image @ turn, "randomised", iteration)
-        shift = ritz[..., :1] / (2 * ritz).clamp_min(1e-300)
-        q = torch.linalg.qr(image - inside * shift.clamp(0, 0.5).to(q)[..., None, :]).Q
-    return None
-
-
-def _gram(columns: Tensor) -> Tensor:
-    """columnsᵀ columns in float64."""
-    columns = columns.double()
-    return columns.mT @ columns
-
-
-def _most_energy(ritz: Tensor, residual: Tensor, k: int) -> Tensor:
-    """An upper bound [b] of the energy of the best rank k, from a subspace's Ritz values (of M Mᵀ) and their residual.
-
-    In a basis of Q's Ritz vectors and its complement M Mᵀ is [[S², Gᵀ], [G, K]], and G = residual · S, for
-    residual = (I − QQᵀ) M V. If no eigenvalue of K exceeds κ, those of M Mᵀ do not exceed those of [[S², Gᵀ], [G, κI]],
-    of which only 2 l are not κ. κ is the Ritz value halfway between k + 1 and the last: from a random start, nothing
-    larger is left outside for long, and by how much that errs was measured (`_TRUST`).
-    Source: Loewner's order and Courant & Fischer; Halko, Martinsson & Tropp 2011, section 4.4 (residuals as measures).
-    """
-    import torch
-
-    width = ritz.shape[-1]
-    ritz = ritz.clamp_min(0)
-    root = ritz.sqrt()
-    squares, vectors = torch.linalg.eigh(root[..., :, None] * _gram(residual) * root[..., None, :])
-    coupling = squares.clamp_min(0).sqrt()[..., None] * vectors.mT
-    outside = ritz[..., [(width - k - 1) // 2]] if k < width else torch.zeros_like(ritz[..., :1])
-    top = torch.cat([torch.diag_embed(ritz), coupling.mT], -1)
-    bottom = torch.cat([coupling, torch.diag_embed(outside.expand_as(ritz))], -1)
-    most: Tensor = torch.linalg.eigvalsh(torch.cat([top, bottom], -2))[..., 2 * width - k :].sum(-1)
-    return most
-
-
-# ------------------------------------------------------------------------------------------------ rounding
-
-
-@dataclass(frozen=True, slots=True)
-class NoiseFloor:
-    """What rounding alone puts into a difference: its expected Frobenius norm and largest singular value."""
-
-    norm: float
-    largest: float
-
-    def above(self, singular_values: Sequence[float]) -> int:
-        """How many singular values stand above the noise: from this index on they are of the size of rounding."""
-        return sum(1 for v in singular_values if v > self.largest)
-
-
-def noise_floor(*stored: Tensor, rows: int | None = None) -> NoiseFloor:
-    """The rounding noise that a difference [out, n] inherits from the dtypes in which these matrices are stored.
-
-    Each value is taken to be off by an error uniform within half a unit of its last place (variance ulp²/12). Of a
-    model that began as the stored values of another, and hardly moved, that is more than there is. The largest
-    singular value of such noise is at most √(largest sum of variances of a row) + √(that of a column), nearly; for
-    equal variances that is (√out + √n) √variance, and is attained. rows: estimated from about so many of them.
-    Source: Marchenko & Pastur 1967, Bai & Yin 1993 (the edge); Bandeira & van Handel 2016, arXiv:1408.6185 (unequal).
-    """
-    import torch
-
-    out, n = stored[0].shape
-    step = max(1, out // rows) if rows else 1
-    variance = torch.zeros(-(-out // step), n, device=stored[0].device)
-    for matrix in stored:
-        info = torch.finfo(matrix.dtype)
-        # Below the smallest normal number the unit stays what it is there. frexp's mantissa is in [0.5, 1).
-        magnitude = matrix[::step].float().abs().clamp_min(info.tiny)
-        ulp = magnitude / torch.frexp(magnitude).mantissa * (info.eps / 2)
-        variance += ulp.square() / 12
-    share = out / max(len(variance), 1)
-    of_rows, of_columns = variance.double().sum(1), variance.double().sum(0) * share
-    largest = math.sqrt(float(of_rows.max())) + math.sqrt(float(of_columns.max()))
-    return NoiseFloor(math.sqrt(float(of_rows.sum()) * share), largest)
+    size = torch.linalg.matrix_norm(left) * torch.linalg.matrix_norm(right)
+    return values.where(values > values.shape[-1] * torch.finfo(values.dtype).eps * size[:, None], 0)

@@ -61,6 +61,13 @@ class RankRule:
         return cls(name, value, cap)
 
     @property
+    def said(self) -> str:
+        """The rule as it is typed."""
+        if self.kind == "knee":
+            return self.kind
+        return ("" if self.kind == "rank" else f"{self.kind}:") + f"{self.value:.12g}"
+
+    @property
     def needs_all(self) -> bool:
         """Does the choice need every singular value, however small?"""
         return KINDS[self.kind].whole or (self.cap is None and self.kind != "rank")
@@ -83,6 +90,26 @@ class RankRule:
         if not there:
             return 0
         return max(0, min(chooser(singular_values, self.value, total_energy), self.most(out, n), there))
+
+
+def rules_for(rank: int | str, conv_rank: int | str | None, *, cap: int | None = None, conv_cap: int | None = None
+              ) -> tuple[RankRule, RankRule]:  # fmt: skip
+    """The rules of --rank and --conv-rank (None: as --rank; 0: no convolutions). Raises UsageError.
+
+    cap, conv_cap: the most ranks that a rule gives a matrix, a convolution (None: `cap`).
+    """
+    rule = RankRule.parse(str(rank), cap=cap)
+    if rule.kind == "rank" and not rule.value:
+        raise UsageError("--rank", "found 0, expected a rank of 1 or more, or a rule such as energy:0.9")
+    conv_cap = cap if conv_cap is None else conv_cap
+    if conv_rank is None:
+        return rule, replace(rule, cap=conv_cap)
+    conv_rule = RankRule.parse(str(conv_rank), where="--conv-rank", cap=conv_cap)
+    if conv_rule.kind in OF_THE_FILE:
+        raise UsageError("--conv-rank", f"{conv_rule.kind}: is of the whole file, and stands with --rank")
+    if rule.kind in OF_THE_FILE and conv_rule.kind != "rank":
+        raise UsageError("--conv-rank", f"beside --rank {rank} it is a number, the most that a convolution gets")
+    return rule, conv_rule
 
 
 def _number(name: str, setting: str) -> float | None:
@@ -170,6 +197,9 @@ KINDS: dict[str, Kind] = {
 }
 
 
+# Rules that share out ranks over the whole file.
+OF_THE_FILE = ("size", "error")
+
 # ------------------------------------------------------------------------------------------------ many matrices
 
 
@@ -187,6 +217,45 @@ class Spectrum:
 
     def gain(self, rank: int) -> float:
         return self.weight * math.fsum(v * v for v in self.values[:rank])
+
+
+_TRIES = 6  # to come close to a size
+
+
+def ranks_for(
+    rules: Sequence[RankRule], given: Sequence[Spectrum], sizes: Sequence[tuple[int, int]],
+    size_of: Callable[[Sequence[int]], int],
+) -> list[int]:  # fmt: skip
+    """A rank for each matrix [out, n] of `sizes`, by its own rule; a rule of the whole file is one for all.
+
+    Beside such a rule, others are numbers: the most that theirs may get. size_of: the bytes of a file of these ranks,
+    its header and all else included, to which `size` refers.
+    """
+    rule = next((r for r in rules if r.kind in OF_THE_FILE), None)
+    if rule is None:
+        return [
+            r.most(*size) if r.kind == "rank" else r.choose(s.values, *size, s.energy)
+            for r, s, size in zip(rules, given, sizes, strict=True)
+        ]
+    capped = [replace(s, values=s.values[: r.most(*size)]) for r, s, size in zip(rules, given, sizes, strict=True)]
+    if rule.kind != "size":
+        return allocate(replace(rule, cap=None), capped)
+    limit = int(rule.value)
+    best, most, left = [0] * len(given), 0, limit
+    for _ in range(_TRIES):  # with each rank or module the header grows a little, too
+        ranks = allocate(RankRule("size", left), capped)
+        if not any(ranks):
+            break
+        size = size_of(ranks)
+        if most < size <= limit:
+            best, most = ranks, size
+        left += limit - size
+    return best
+
+
+def weighted(spectrum: Spectrum, weight: float) -> Spectrum:
+    """The same, of another weight."""
+    return replace(spectrum, weight=weight)
 
 
 def allocate(rule: RankRule, spectra: Sequence[Spectrum]) -> list[int]:

@@ -206,6 +206,12 @@ def _agrees(shape: Shape, row: tuple[int | None, ...]) -> bool:
     return len(row) == len(shape) and all(w is None or s in (w, -1) for w, s in zip(row, shape, strict=True))
 
 
+def unflattened(shape: Shape, name: str, component: Component) -> Shape:
+    """The shape of a module's weight, given as a matrix, with the kernel that the architecture's sizes tell of it."""
+    variants = NETWORKS.get(component.network).variants
+    return _as_wanted(shape, [row_of(f"{name}.weight", v.shapes) for v in variants])
+
+
 def _as_wanted(shape: Shape, wanted: Sequence[tuple[int | None, ...] | None]) -> Shape:
     """A flattened convolution's shape, as the table has it, where the two hold equally many values."""
     for row in wanted:

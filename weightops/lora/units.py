@@ -155,15 +155,23 @@ def _single(target: Target, piece: Piece, rule: Rule, prefix: str, module: str) 
 def _rows_of(
     target: Target, place: Component, names: Sequence[str], group: Sequence[Piece | None], rule: Rule, number: int
 ) -> int | None:
-    """The rows of a module that the file does not change: from its equals in the pack, or the architecture's sizes."""
-    there = [p for p in group if p is not None]
+    """The rows of a module that the file does not change; None: of one that it does, or not known."""
     if group[number] is not None:
         return None
-    shape = there[0].shape
+    shape = next(p for p in group if p is not None).shape
     features = shape[1] if shape is not None and len(shape) > 1 else None
+    found = [None if p is None else p.height for p in group]
+    return rows_of_pack(target, place, names, found, features, rule, number)
+
+
+def rows_of_pack(
+    target: Target, place: Component, names: Sequence[str], heights: Sequence[int | None], features: int | None,
+    rule: Rule, number: int,
+) -> int | None:  # fmt: skip
+    """The rows of a module in a pack: from its equals, of these heights, or from the architecture's sizes."""
     if rule.heights[number] == IN:
         return features
-    equals = (p.height for p, height in zip(group, rule.heights, strict=True) if p is not None and height == EQUAL)
+    equals = (h for h, height in zip(heights, rule.heights, strict=True) if h is not None and height == EQUAL)
     if (height := next(equals, None)) is not None:
         return height
     rows = {

@@ -1,14 +1,15 @@
 """MergeMethod: a function on tensors, whose signature and docstring are its whole declaration.
 
 Positional parameters are models; keyword-only parameters are settings: a name, a type, a default. The type
-`Weights` is one number per model. From these follow the options, the help, and the contract tests.
+`Weights` is one number per model, `Share` a number above 0 and at most 1. From these follow the options, the help,
+and the contract tests. How a declaration is read and what is given is checked, methods of other kinds share.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Weights = Sequence[float]
+Share = float
 
 SMALL = 64 * 1024  # values
 WORKING_VALUES = 128 * 1024  # at a time: their working copies stay in the cache
@@ -28,7 +30,7 @@ METHODS: Registry[MergeMethod] = Registry("merge method", "weightops.merging.met
 
 
 # Of parameters, as they stand in a signature: methods are written under `from __future__ import annotations`.
-KINDS = ("float", "int", "bool", "Weights")
+KINDS = ("float", "int", "bool", "Weights", "Share")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +65,7 @@ class MergeMethod:
 
     def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All parameters with their values, checked. Raises UsageError for an unknown, missing or senseless one."""
-        known = {p.name: p for p in self.parameters}
-        for name in given:
-            if name not in known:
-                raise UsageError(
-                    "--set", f"{self.name} has no parameter {quote(name)}", f"it has {', '.join(known) or 'none'}"
-                )
-        values: dict[str, Any] = {}
-        for name, parameter in known.items():
-            value = given.get(name, parameter.default)
-            if value is None:
-                raise UsageError("--set", f"{self.name} needs the parameter {name!r}")
-            values[name] = _converted(self.name, parameter, value)
-        return values
+        return checked(self.name, self.parameters, given)
 
     def apply(self, models: Sequence[Tensor], out: Tensor, parameters: Mapping[str, Any]) -> None:
         """Fill `out`: computed in float32, or float64 where a float32 is read or written, and rounded once.
@@ -113,6 +103,39 @@ def store(result: Tensor, out: Tensor) -> None:
     out.copy_(result)
 
 
+def parameters_of(function: Callable[..., Any], *, handed: Collection[str] = ()) -> tuple[Parameter, ...]:
+    """The settings that a function declares: its keyword-only parameters, but for those that it is handed."""
+    found = []
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is p.KEYWORD_ONLY and p.name not in handed:
+            if p.annotation not in KINDS:
+                raise TypeError(f"{function.__name__}, {p.name}: found {p.annotation!r}, expected {KINDS}")
+            found.append(Parameter(p.name, p.annotation, None if p.default is p.empty else p.default))
+    return tuple(found)
+
+
+def summary_of(function: Callable[..., Any]) -> str:
+    """The first paragraph of a function's docstring: its help."""
+    return inspect.cleandoc(function.__doc__ or "").split("\n\n")[0]
+
+
+def checked(method: str, parameters: Sequence[Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters with their values. Raises UsageError for an unknown, missing or senseless one."""
+    known = {p.name: p for p in parameters}
+    for name in given:
+        if name not in known:
+            raise UsageError(
+                "--set", f"{method} has no parameter {quote(name)}", f"it has {', '.join(known) or 'none'}"
+            )
+    values: dict[str, Any] = {}
+    for name, parameter in known.items():
+        value = given.get(name, parameter.default)
+        if value is None:
+            raise UsageError("--set", f"{method} needs the parameter {name!r}")
+        values[name] = _converted(method, parameter, value)
+    return values
+
+
 def _converted(method: str, parameter: Parameter, value: Any) -> Any:
     where = f"{method}, {parameter.name}"
     try:
@@ -128,9 +151,17 @@ def _converted(method: str, parameter: Parameter, value: Any) -> Any:
         number = float(value)
         if not math.isfinite(number) or (parameter.kind == "int" and number != int(number)):
             raise ValueError
+        if parameter.kind == "Share" and not 0 < number <= 1:
+            raise ValueError
         return int(number) if parameter.kind == "int" else number
     except (ValueError, TypeError, KeyError):
-        words = {"float": "a number", "int": "a whole number", "bool": "true or false", "Weights": "numbers"}
+        words = {
+            "float": "a number",
+            "int": "a whole number",
+            "bool": "true or false",
+            "Weights": "numbers",
+            "Share": "a number above 0 and at most 1",
+        }
         raise UsageError(where, f"found {quote(value)}, expected {words[parameter.kind]}") from None
 
 
@@ -140,19 +171,13 @@ def merge_method(
     """Register the decorated function as a merge method, under its own name."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        models: list[str] = []
-        parameters: list[Parameter] = []
-        for p in inspect.signature(function).parameters.values():
-            if p.kind is p.KEYWORD_ONLY:
-                default = None if p.default is p.empty else p.default
-                if p.annotation not in KINDS:
-                    raise TypeError(f"{function.__name__}, {p.name}: found {p.annotation!r}, expected {KINDS}")
-                parameters.append(Parameter(p.name, p.annotation, default))
-            else:
-                models.append(f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name)
-        summary = inspect.cleandoc(function.__doc__ or "").split("\n\n")[0]
-        name = function.__name__
-        METHODS.register(name, MergeMethod(name, function, grain, tuple(models), tuple(parameters), summary, shortcut))
+        models = tuple(
+            f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is not p.KEYWORD_ONLY
+        )
+        name, parameters = function.__name__, parameters_of(function)
+        METHODS.register(name, MergeMethod(name, function, grain, models, parameters, summary_of(function), shortcut))
         return function
 
     return register

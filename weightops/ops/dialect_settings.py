@@ -12,7 +12,7 @@ from weightops.lora.units import STRENGTH_GOES_INTO, Unit
 from weightops.naming.keymap import NETWORKS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from weightops.files.checkpoint import Checkpoint
     from weightops.lora.dialects import Dialect
@@ -31,6 +31,9 @@ class State(Protocol):
     @property
     def homes(self) -> dict[str, str]: ...
 
+
+# kohya's word for the base model, by which others tell what a LoRA is for. Source: sd-scripts, library/train_util.py.
+_VERSIONS = {"sd15": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
 
 # Several components' files may hold the same names: until they are written, this keeps them apart.
 APART = "\0"
@@ -72,8 +75,8 @@ def metadata_of(state: State, units: Sequence[Unit]) -> tuple[dict[str, str], di
     found: dict[str, str] = {}
     ranks = [u for u in units if u.rank is not None]
     if ranks and ("ss_network_dim" in state.opened.metadata or state.dialect.name == "kohya"):
-        found["ss_network_dim"] = _told(state, "ss_network_dim", {u.rank or 0 for u in ranks})
-        found["ss_network_alpha"] = _told(state, "ss_network_alpha", {_alpha(u) for u in ranks})
+        found["ss_network_dim"] = told(state.opened.metadata, "ss_network_dim", {u.rank or 0 for u in ranks})
+        found["ss_network_alpha"] = told(state.opened.metadata, "ss_network_alpha", {_alpha(u) for u in ranks})
     flat: dict[str, Any] = {}
     if state.dialect.alpha == "header":
         for component in dict.fromkeys(u.component for u in units):
@@ -83,12 +86,12 @@ def metadata_of(state: State, units: Sequence[Unit]) -> tuple[dict[str, str], di
     return found, {HEADER: json.dumps(flat, indent=2, sort_keys=True)} if flat else {}
 
 
-def _told(state: State, key: str, values: set[int] | set[float]) -> str:
+def told(metadata: Mapping[str, str], key: str, values: set[int] | set[float]) -> str:
     """The one number that is true of all modules, spelled as it was; "Dynamic", in kohya's word, for several."""
     if len(values) > 1:
         return "Dynamic"
     value = values.pop()
-    given = state.opened.metadata.get(key, "")
+    given = metadata.get(key, "")
     try:
         return given if float(given) == value else str(plain(value))
     except ValueError:
@@ -135,3 +138,14 @@ def folder_of(state: State, units: Sequence[Unit]) -> tuple[tuple[OutputFile, ..
         files.append(OutputFile(f"{folder}adapter_model.safetensors", keys))
         extras[f"{folder}{FILE}"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return tuple(files), extras
+
+
+def told_of_base(dialect: str, architecture: str | None) -> dict[str, str]:
+    """What kohya's metadata says of a new LoRA and of its base model, where the file is in these names."""
+    if dialect != "kohya":
+        return {}
+    found = {"ss_network_module": "networks.lora"}
+    version = _VERSIONS.get(architecture or "")
+    if version is not None:
+        found |= {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
+    return found

@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from weightops.errors import ValueRefused, quote
-from weightops.lora.lowrank import Factorised, LowRank, factorise_many, factorise_nbytes, noise_floor, norm, spectrum
+from weightops.lora.factorise import factorise_many, factorise_nbytes, noise_floor, spectrum
+from weightops.lora.lowrank import Factorised, LowRank, norm
 from weightops.lora.rank import Spectrum
 from weightops.merging.method import WORKING_VALUES, store
 from weightops.merging.rounding import generator_for
@@ -113,7 +114,7 @@ def extracted_nbytes(weight: Weight, rank: int) -> int:
     """The same where factors are written."""
     doubles = 8 * weight.out * weight.n if weight.is_double else 0  # singular vectors of all of it
     found = factorise_nbytes(weight.out, weight.n, rank) + doubles
-    return difference_nbytes(weight) + max(found, _distance_nbytes(weight, rank), _floor_nbytes(weight))
+    return difference_nbytes(weight) + max(found, distance_nbytes(weight.out, weight.n, rank), _floor_nbytes(weight))
 
 
 def spectra_nbytes(weight: Weight) -> int:
@@ -123,9 +124,9 @@ def spectra_nbytes(weight: Weight) -> int:
     return difference_nbytes(weight) + max(24 * side * side + doubles + 16 * _BAND, _floor_nbytes(weight))
 
 
-def _distance_nbytes(weight: Weight, rank: int) -> int:
-    """Of `_distance`: six float64 copies of the factors, three products of twice the rank."""
-    return 16 * _BAND + 48 * rank * (weight.out + weight.n) + 96 * rank * rank
+def distance_nbytes(out: int, n: int, rank: int) -> int:
+    """Of `distance`: six float64 copies of the factors, three products of twice the rank."""
+    return 16 * _BAND + 48 * rank * (out + n) + 96 * rank * rank
 
 
 def _floor_nbytes(weight: Weight) -> int:
@@ -173,7 +174,7 @@ def not_finite(name: str, where: str) -> ValueRefused:
 def _whole(delta: Tensor, out: Tensor, weight: Weight, tuned: Sequence[Tensor], base: Sequence[Tensor]) -> Found:
     store(delta.reshape(out.shape), out)
     floor = _floor(weight, tuned, base)
-    return Found(_norm([delta]), _norm(base), _norm([delta], out), 1.0, floor[0], floor[1], 0, "whole")
+    return Found(frobenius([delta]), frobenius(base), frobenius([delta], out), 1.0, floor[0], floor[1], 0, "whole")
 
 
 def _factors(
@@ -189,15 +190,15 @@ def _factors(
         store(rows, padded[: len(rows)])
     written = LowRank(up.reshape(len(up), -1), down.reshape(len(down), -1))
     if clamp_quantile is None:
-        lost = math.hypot(found.error * found.norm, _distance(found.lowrank, written))
+        lost = math.hypot(found.error * found.norm, distance(found.lowrank, written))
     else:
         lost = residual(delta, written)
     noise, edge = _floor(weight, tuned, base)
     above = sum(1 for v in found.singular_values if v > edge)
-    return Found(found.norm, _norm(base), lost, found.energy, noise, edge, above, found.method)
+    return Found(found.norm, frobenius(base), lost, found.energy, noise, edge, above, found.method)
 
 
-def _distance(best: LowRank, written: LowRank) -> float:
+def distance(best: LowRank, written: LowRank) -> float:
     """‖best − written‖ where both are nearly the same.
 
     (U + dU)(D + dD) − UD = dU·D + U·dD + dU·dD; what the best factors leave is orthogonal to the first two, and the
@@ -236,7 +237,7 @@ def clamped(found: Factorised, quantile: float) -> LowRank:
     return LowRank(up.clamp(-high, high), down.clamp(-high, high))
 
 
-def _norm(tensors: Sequence[Tensor], less: Tensor | None = None) -> float:
+def frobenius(tensors: Sequence[Tensor], less: Tensor | None = None) -> float:
     """The Frobenius norm of tensors together, or of one less another; a piece that stays in the cache at a time."""
     import torch
 
@@ -289,8 +290,8 @@ def spectra(
         ((mine, theirs),) = _split([weight], inputs)
         delta = _finite(weight, mine, theirs)
         values, energy = spectrum(delta)
-        size, (noise, edge) = _norm([delta]), _floor(weight, mine, theirs)
-        return Spectrum(values, energy, nbytes), Found(size, _norm(theirs), size, 0.0, noise, edge, 0, "none")
+        size, (noise, edge) = frobenius([delta]), _floor(weight, mine, theirs)
+        return Spectrum(values, energy, nbytes), Found(size, frobenius(theirs), size, 0.0, noise, edge, 0, "none")
 
     return compute
 

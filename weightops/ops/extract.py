@@ -15,7 +15,7 @@ from weightops.files.checkpoint import open_checkpoint
 from weightops.files.tensor import TensorSpec
 from weightops.lora.dialects import DIALECTS
 from weightops.lora.pieces import within
-from weightops.lora.rank import RankRule, Spectrum, allocate
+from weightops.lora.rank import RankRule, Spectrum, ranks_for, rules_for
 from weightops.ops.difference import (
     Found,
     equal,
@@ -30,7 +30,7 @@ from weightops.ops.extract_check import check_factors
 from weightops.ops.extract_pair import Matrix, Pair, Vector, Wish, pair
 from weightops.ops.extract_plan import plan_extract
 from weightops.ops.extract_report import say
-from weightops.ops.produce import Planned, check_words, named, produce, stem
+from weightops.ops.produce import Bar, Planned, check_words, is_cuda, named, produce, stem
 from weightops.plan import Grain, Input, Plan, Task
 
 if TYPE_CHECKING:
@@ -45,10 +45,6 @@ if TYPE_CHECKING:
 # Two models of one architecture that were trained apart differ by √2 of their norm; a finetune by a tenth of it.
 UNRELATED = 0.8
 _SAMPLE = 32 * 1024  # values of each matrix that are looked at first
-
-# Rules that share out ranks over the whole file.
-_OF_THE_FILE = ("size", "error")
-_TRIES = 6  # to come close to a size
 
 
 def extract(
@@ -91,7 +87,7 @@ def extract(
     (`energy`), the relative error of those that were written, and the rounding noise of the inputs, alike.
     """
     started = time.perf_counter()
-    rule, conv_rule = _rules(rank, conv_rank)
+    rule, conv_rule = rules_for(rank, conv_rank)
     _check_words(dialect, dtype, clamp_quantile, biases=biases)
     said: dict[str, Any] = {"rank": str(rank), "seed": seed}
     said |= {"conv_rank": str(conv_rank)} if conv_rank is not None else {}
@@ -106,7 +102,7 @@ def extract(
         opened, other = (stack.enter_context(open_checkpoint(file)) for file in (tuned, base))
         found = pair(opened, other, wish)
         running: dict[str, Any] = {"device": device, "threads": threads}
-        work = _Work(found, rule, conv_rule, _target(found, output), memory, force, running, _Bar(on_progress))
+        work = _Work(found, rule, conv_rule, _target(found, output), memory, force, running, Bar(on_progress))
         _refuse_early(work)
         if dry_run:
             return _foretold(work)
@@ -126,7 +122,7 @@ class _Work:
     memory: int | None
     force: bool
     running: dict[str, Any]
-    bar: _Bar
+    bar: Bar
     bytes_read: int = 0
 
     @property
@@ -154,30 +150,16 @@ class _Work:
         self.bytes_read += outcome.bytes_read
         return [outcome.values[n] for n in range(len(tasks))]
 
+    def size_of(self, ranks: Sequence[int]) -> int:
+        """The bytes of the file that these ranks make."""
+        planned, _ = plan_extract(self.found, ranks)
+        return self.produce(planned, dry_run=True, memory=1 << 62).bytes_written
+
     def produce(self, planned: Planned, *, dry_run: bool, memory: int, on_progress: Progress = ignore) -> Report:
         return produce(
             "extract", planned, self.target, memory=memory, force=self.force, dry_run=dry_run, check=False,
             on_progress=on_progress, **self.running,
         )  # fmt: skip
-
-
-class _Bar:
-    """One bar for several passes: it never goes back."""
-
-    def __init__(self, on_progress: Progress) -> None:
-        self.on_progress = on_progress
-        self.total = 1
-        self.shown = 0
-
-    def part(self, start: float, stop: float) -> Progress:
-        """The progress of a pass that takes the bar from one share of the whole to another."""
-
-        def show(done: int, total: int) -> None:
-            share = start + (stop - start) * (done / total if total else 1.0)
-            self.shown = max(self.shown, min(self.total, round(self.total * share)))
-            self.on_progress(self.shown, self.total)
-
-        return show
 
 
 def _extract(work: _Work, *, allow_unrelated: bool, verify: bool) -> Report:
@@ -186,7 +168,7 @@ def _extract(work: _Work, *, allow_unrelated: bool, verify: bool) -> Report:
     _refuse_surprises(found)
     middle = (1 + begun) / 2 if work.scans else begun
     ranks, unranked = _ranks(work, work.bar.part(begun, middle))
-    planned, groups = plan_extract(found, ranks, together=_is_cuda(work.running["device"]))
+    planned, groups = plan_extract(found, ranks, together=is_cuda(work.running["device"]))
 
     def then(outcome: Outcome, report: Report) -> None:
         values = dict(unranked)
@@ -210,18 +192,6 @@ def _extract(work: _Work, *, allow_unrelated: bool, verify: bool) -> Report:
 # ------------------------------------------------------------------------------------------------ what was asked
 
 
-def _rules(rank: int | str, conv_rank: int | str | None) -> tuple[RankRule, RankRule]:
-    rule = RankRule.parse(str(rank))
-    if rule.kind == "rank" and not rule.value:
-        raise UsageError("--rank", "found 0, expected a rank of 1 or more, or a rule such as energy:0.9")
-    conv_rule = rule if conv_rank is None else RankRule.parse(str(conv_rank), where="--conv-rank")
-    if conv_rank is not None and conv_rule.kind in _OF_THE_FILE:
-        raise UsageError("--conv-rank", f"{conv_rule.kind}: is of the whole file, and stands with --rank")
-    if rule.kind in _OF_THE_FILE and conv_rule is not rule and conv_rule.kind != "rank":
-        raise UsageError("--conv-rank", f"beside --rank {rank} it is a number, the most that a convolution gets")
-    return rule, conv_rule
-
-
 def _check_words(dialect: str, dtype: str, clamp_quantile: float | None, *, biases: bool) -> None:
     if dialect not in DIALECTS:
         raise UsageError("--dialect", f"unknown dialect {quote(dialect)}", f"known are {', '.join(DIALECTS)}")
@@ -240,12 +210,6 @@ def _target(found: Pair, output: str | os.PathLike[str] | None) -> Path:
     ending = f"-{found.dialect.name}" if is_folder else ""
     target = named(output, f"{stem(found.opened)[:80]}-{stem(found.base)[:80]}-lora", ending)
     return target.with_suffix("") if output is None and is_folder else target
-
-
-def _is_cuda(device: str) -> bool:
-    from weightops.engine.tensors import resolve_device
-
-    return resolve_device(device) != "cpu"
 
 
 def _refuse_early(work: _Work) -> None:
@@ -393,35 +357,9 @@ def _ranks(work: _Work, on_progress: Progress) -> tuple[list[int], dict[int, Fou
     results = [values[0] for values in work.scan(_spectra_tasks(work), on_progress)]
     given: list[Spectrum] = [spectrum for spectrum, _ in results]
     rules = [work.rule_of(m) for m in found.matrices]
-    if rule.kind in _OF_THE_FILE:
-        capped = [
-            replace(s, values=s.values[: r.most(m.out, m.n)]) if r is not rule else s
-            for s, r, m in zip(given, rules, found.matrices, strict=True)
-        ]
-        ranks = _fit(work, capped) if rule.kind == "size" else allocate(rule, capped)
-    else:
-        ranks = [
-            r.most(m.out, m.n) if r.kind == "rank" else r.choose(s.values, m.out, m.n, s.energy)
-            for s, r, m in zip(given, rules, found.matrices, strict=True)
-        ]
+    ranks = ranks_for(rules, given, [(m.out, m.n) for m in found.matrices], work.size_of)
     if not any(ranks) and not (found.wish.biases and found.vectors):
         hint = f"one rank of the smallest module takes {min(s.nbytes for s in given):,} bytes, beside the file's header"
         what = f"{found.wish.said['rank']} leaves no module a rank: there is nothing to write"
         raise UsageError("--rank", what, hint if rule.kind == "size" else None)
     return ranks, {n: nothing for n, (_, nothing) in enumerate(results) if not ranks[n]}
-
-
-def _fit(work: _Work, given: Sequence[Spectrum]) -> list[int]:
-    """Ranks of a file that has no more bytes than --rank size: says, its header and biases included."""
-    limit = int(work.rule.value)
-    best, most, left = [0] * len(given), 0, limit
-    for _ in range(_TRIES):  # with each rank or module the header grows a little, too
-        ranks = allocate(replace(work.rule, value=left), given)
-        if not any(ranks):
-            break
-        planned, _ = plan_extract(work.found, ranks)
-        size = work.produce(planned, dry_run=True, memory=1 << 62).bytes_written
-        if most < size <= limit:
-            best, most = ranks, size
-        left += limit - size
-    return best

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 16
 # How far the error that is found may be from the one that was said; of the norm, and of what float32 products leave.
-_RELATIVE, _ABSOLUTE = 1e-3, 1e-6
+RELATIVE, ABSOLUTE = 1e-3, 1e-6
 _BAND = 1 << 19  # values that are read at a stroke
 
 
@@ -54,7 +54,7 @@ def check_factors(
             if told is None:
                 continue
             gap = abs(off - told)
-            if not gap <= _RELATIVE * told + _ABSOLUTE:
+            if not gap <= RELATIVE * told + ABSOLUTE:
                 raise ValueRefused(
                     str(written),
                     f"{quote(matrix.name)} is off by {off:.6g} of its norm, and {told:.6g} was computed",

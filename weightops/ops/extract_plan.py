@@ -11,7 +11,7 @@ from weightops import __version__
 from weightops.errors import MismatchError, quote
 from weightops.files.tensor import Slot, TensorSpec
 from weightops.lora.units import Unit
-from weightops.ops.dialect_settings import APART, folder_of, metadata_of
+from weightops.ops.dialect_settings import APART, folder_of, metadata_of, told_of_base
 from weightops.ops.difference import extracted, extracted_nbytes, subtracted, whole_nbytes
 from weightops.ops.filling import constant
 from weightops.ops.produce import Planned, stem
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     from weightops.ops.extract_pair import Matrix, Pair, Vector
     from weightops.plan import Input
-
-# kohya's word for the base model, by which others tell what a LoRA is for. Source: sd-scripts, library/train_util.py.
-_VERSIONS = {"sd15": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
 
 # Matrices of one shape that are factorised together on a CUDA device, and the values they may have.
 _TOGETHER = 16
@@ -53,8 +50,9 @@ def plan_extract(found: Pair, ranks: Sequence[int], *, together: bool = False) -
     metadata, headers = metadata_of(found, units) if found.known is not None else ({}, {})
     files, extras = folder_of(found, units) if found.known is not None else ((), {})
     recipe = {"command": "extract", "version": __version__, "dtype": wish.dtype, "dialect": wish.dialect, **wish.said}
+    told = told_of_base(wish.dialect, found.known.name if found.known is not None else None)
     plan = Plan(
-        (found.opened, found.base), outputs, tuple(tasks), {"format": "pt", **metadata, **headers, **_told(found)},
+        (found.opened, found.base), outputs, tuple(tasks), {"format": "pt", **metadata, **headers, **told},
         recipe, refuse_nonfinite=not wish.allow_nonfinite, files=files, extras=extras,
         data_hashes={"sshs_model_hash": "{}"} if wish.dialect == "kohya" else {},
     )  # fmt: skip
@@ -130,17 +128,6 @@ def _key(found: Pair, outputs: Mapping[str, TensorSpec], of: Matrix | Vector, pa
         raise MismatchError(found.opened.label, f"two of its tensors would be called {quote(key)}")
     found.homes[key] = of.component
     return key
-
-
-def _told(found: Pair) -> dict[str, str]:
-    """What kohya's metadata says of the base model, where the file is in these names."""
-    if found.wish.dialect != "kohya":
-        return {}
-    told = {"ss_network_module": "networks.lora"}
-    version = _VERSIONS.get(found.known.name) if found.known is not None else None
-    if version is not None:
-        told |= {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
-    return told
 
 
 def _counts(found: Pair, ranks: Sequence[int]) -> list[dict[str, Any]]:

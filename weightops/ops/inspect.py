@@ -1,4 +1,4 @@
-"""inspect: what is this file? From headers alone; `stats` and `hashes` read it through once."""
+"""inspect: what is this file? From headers alone; `stats`, `hashes` and `spectrum` read it through once."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from weightops.engine.run import Progress
     from weightops.files.source import ByteSource
 
 
@@ -106,15 +107,23 @@ def inspect(
     tensors: str | None = None,
     stats: bool = False,
     hashes: bool = False,
-    memory: int = DEFAULT_MEMORY,
+    spectrum: bool = False,
+    base: str | os.PathLike[str] | None = None,
+    memory: int | None = None,
     threads: int | None = None,
+    on_progress: Progress | None = None,
 ) -> Inspection:
     """Look at the file or folder `path`.
 
     tensors: a glob; the tensors whose names match are listed. stats: norms, extremes, NaN and Inf of each
     (of the listed ones, with `tensors`), in one pass. hashes: SHA-256 and its kin of each file.
-    Raises WeightopsError. Never imports torch, except for `stats`.
+    spectrum: of an adapter file, the singular values of each module's ΔW and what they say, as `lora["spectrum"]`;
+    base: the model that it is for, beside whose weights ΔW then stands (see `weightops.ops.spectra.spectra_of`).
+    memory: bytes in flight (None: 128 MiB, and for a spectrum up to 512 MiB where matrices are large).
+    Raises WeightopsError. Never imports torch, except for `stats` and `spectrum`.
     """
+    if base is not None and not spectrum:
+        raise UsageError("--base", "is what --spectrum measures by", "inspect LORA --spectrum --base CHECKPOINT")
     with open_checkpoint(path) as opened:
         chosen = None
         if tensors is not None:
@@ -123,8 +132,12 @@ def inspect(
                 raise UsageError("--tensors", f"no tensor of {opened.label} is named like {quote(tensors)}")
         identity = identify(opened.tensors)
         adapters = read_adapters(opened) if identity.kind == "lora" else None
+        if spectrum and adapters is None:
+            kind = f"a {identity.kind.replace('_', ' ')}" if identity.kind != "unknown" else "of no known kind"
+            hint = "extract makes an adapter of the difference of two checkpoints"
+            raise UsageError("--spectrum", f"is of adapter files, and {opened.label} is {kind}", hint)
         known = adapters or identity
-        return Inspection(
+        found = Inspection(
             path=opened.label,
             kind=identity.kind,
             architecture=known.architecture,
@@ -142,9 +155,16 @@ def inspect(
             lora=_lora(opened, adapters) if adapters is not None else None,
             strangers=identity.strangers,
             tensors=chosen,
-            stats=_stats(opened, chosen, memory, threads) if stats else None,
+            stats=_stats(opened, chosen, memory or DEFAULT_MEMORY, threads) if stats else None,
             hashes=[file_hashes(f) for f in opened.files] if hashes else None,
         )
+        if spectrum and found.lora is not None:
+            from weightops.engine.run import ignore
+            from weightops.ops.spectra import spectra_of
+
+            show = on_progress or ignore
+            found.lora["spectrum"] = spectra_of(opened, base, memory=memory, threads=threads, on_progress=show)
+        return found
 
 
 def _components(opened: Checkpoint, identity: Identity) -> dict[str, dict[str, Any]]:

@@ -158,3 +158,29 @@ def kept_metadata(opened: Checkpoint, *, less: frozenset[str] = frozenset()) -> 
 def cast(inputs: Sequence[Tensor], outputs: Sequence[Tensor], block: Block) -> None:
     """The compute function of a change of dtype."""
     store(inputs[0], outputs[0])
+
+
+def is_cuda(device: str) -> bool:
+    """Is this, or what `auto` finds, a CUDA device?"""
+    from weightops.engine.tensors import resolve_device
+
+    return resolve_device(device) != "cpu"
+
+
+class Bar:
+    """One bar for several passes: it never goes back."""
+
+    def __init__(self, on_progress: Progress) -> None:
+        self.on_progress = on_progress
+        self.total = 1
+        self.shown = 0
+
+    def part(self, start: float, stop: float) -> Progress:
+        """The progress of a pass that takes the bar from one share of the whole to another."""
+
+        def show(done: int, total: int) -> None:
+            share = start + (stop - start) * (done / total if total else 1.0)
+            self.shown = max(self.shown, min(self.total, round(self.total * share)))
+            self.on_progress(self.shown, self.total)
+
+        return show

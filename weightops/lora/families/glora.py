@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes, over_rank, same
+from weightops.lora.family import FAMILIES, Described, Family, Parts, Shape, Shapes, over_rank, same
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ def _shape(shapes: Shapes) -> Shape | None:
     return (b2[0], *b1[1:]) if _reversed(shapes) else (b1[0], *b2[1:])
 
 
-def _scale(p: Parts) -> float:
+def _scale(p: Described) -> float:
     return over_rank(p.alpha, _rank(p.shapes))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes, over_rank, same
+from weightops.lora.family import FAMILIES, Described, Family, Parts, Shape, Shapes, over_rank, same
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ def _shape(shapes: Shapes) -> Shape | None:
     return (a[0], b[1])
 
 
-def _scale(p: Parts) -> float:
+def _scale(p: Described) -> float:
     return over_rank(p.alpha, _rank(p.shapes))
 
 
@@ -86,5 +86,6 @@ FAMILIES.register(
         scale=_scale,
         delta=_delta,
         lowrank=_lowrank,
+        product_rank=lambda shapes: shapes["hada_w1_b"][0] * shapes["hada_w2_b"][0],
     ),
 )

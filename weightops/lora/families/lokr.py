@@ -6,9 +6,10 @@ w1 ⊗ w2 with w2 flattened to [out2, in2·k·k]: the kernel is innermost in bot
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes, over_rank, same
+from weightops.lora.family import FAMILIES, Described, Family, Parts, Shape, Shapes, over_rank, same
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +63,7 @@ def _shape(shapes: Shapes) -> Shape | None:
     return (first[0] * second[0], first[1] * second[1], *second[2:])
 
 
-def _scale(p: Parts) -> float:
+def _scale(p: Described) -> float:
     """alpha / rank; 1 where both factors are whole, whatever alpha says, unless the trainer's rank is named.
 
     LyCORIS, ComfyUI and diffusers take 1, and LyCORIS writes alpha = its network_dim there. PEFT scales by alpha / r.
@@ -122,6 +123,14 @@ def _lowrank(p: Parts) -> tuple[Tensor, Tensor]:
     return torch.kron(a1 * _scale(p), a2.contiguous()), torch.kron(b1, b2)
 
 
+def _product_rank(shapes: Shapes) -> int:
+    """Of a whole factor, its shorter side."""
+    first, second = shapes.get("lokr_w1"), shapes.get("lokr_w2")
+    left = shapes["lokr_w1_b"][0] if first is None else min(first)
+    right = shapes["lokr_w2_b"][0] if second is None else min(second[0], math.prod(second[1:]))
+    return left * right
+
+
 FAMILIES.register(
     "lokr",
     Family(
@@ -143,5 +152,6 @@ FAMILIES.register(
         scale=_scale,
         delta=_delta,
         lowrank=_lowrank,
+        product_rank=_product_rank,
     ),
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from weightops.lora.family import FAMILIES, Family, Parts, Shape, Shapes, over_rank, same
+from weightops.lora.family import FAMILIES, Described, Family, Parts, Shape, Shapes, over_rank, same
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def _shape(shapes: Shapes) -> Shape | None:
     return (up[0], down[1], *kernel)
 
 
-def _scale(p: Parts) -> float:
+def _scale(p: Described) -> float:
     return over_rank(p.alpha, _rank(p.shapes))
 
 
@@ -87,5 +87,6 @@ FAMILIES.register(
         delta=_delta,
         bias=_bias,
         lowrank=_lowrank,
+        product_rank=lambda shapes: shapes["up"][1],
     ),
 )

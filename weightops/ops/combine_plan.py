@@ -1,0 +1,560 @@
+"""LoRAs lined up: what each changes of every module, under the names of one dialect. From headers alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from weightops.errors import FormatError, MismatchError, UsageError, quote
+from weightops.lora.adapters import Adapter, AdapterFile, read_adapters, strengths
+from weightops.lora.compat import Part, what_differs
+from weightops.lora.dialects import DIALECTS, Dialect
+from weightops.lora.family import Description, Told
+from weightops.lora.pieces import sources as parts_of
+from weightops.lora.targets import unflattened
+from weightops.lora.units import Target, rows_of_pack
+from weightops.naming.keymap import ARCHITECTURES, Architecture, Rule, heights, swaps
+from weightops.ops.adapter_modules import Base, dtype_of, endings_of
+from weightops.ops.dialect_settings import APART
+from weightops.ops.factor_plan import Module
+from weightops.ops.report import Account, Unused
+from weightops.ops.sums import Blend, Placement, Sum, Term
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from weightops.files.checkpoint import Checkpoint
+    from weightops.lora.pieces import Bands, Source
+
+Shape = tuple[int, ...]
+
+
+class Share(NamedTuple):
+    """One adapter's change of one canonical module: which of its rows these are, in the module's order."""
+
+    file: int
+    adapter: Adapter
+    bands: Bands
+
+    @property
+    def rows(self) -> int:
+        return sum(stop - start for start, stop in self.bands)
+
+
+class Spelled(NamedTuple):
+    """Whose names are written, of which model, after which file; homes: output key -> its component."""
+
+    dialect: Dialect
+    architecture: Architecture
+    opened: Checkpoint
+    homes: dict[str, str]
+
+
+class Vector(NamedTuple):
+    """A change of a bias or of a norm: Σ factor · rows of a part, at the rows where they stand.
+
+    summands: file, source, factor, placements.
+    """
+
+    key: str
+    dtype: str
+    rows: int
+    summands: tuple[tuple[int, Source, float, tuple[Placement, ...]], ...]
+
+
+@dataclass(slots=True)
+class Wish:
+    """What was asked of a combination. strengths: of the files. blend: a way to combine other than the sum; compat: the
+    tool whose numbers are repeated."""
+
+    strengths: Sequence[float]
+    dialect: str | None = None
+    architecture: str | None = None
+    exact: bool = False
+    blend: Blend | None = None
+    compat: str | None = None
+
+
+@dataclass(slots=True)
+class LinedUp:
+    """The modules that are written, and what becomes of every key. known: the architecture, where it is known.
+
+    keys: by a module's name, what it takes of which file. with_bias: names of those whose bias stands beside factors.
+    """
+
+    files: Sequence[Checkpoint]
+    wish: Wish
+    found: list[AdapterFile]
+    dialect: Dialect | None
+    known: Architecture | None
+    endings: Mapping[str, str]
+    modules: list[Module] = field(default_factory=list)
+    vectors: list[Vector] = field(default_factory=list)
+    account: Account = field(default_factory=Account)
+    homes: dict[str, str] = field(default_factory=dict)
+    names: dict[str, tuple[str, str]] = field(default_factory=dict)
+    claimed: set[str] = field(default_factory=set)
+    embeddings: dict[str, int] = field(default_factory=dict)
+    values: list[dict[str, tuple[float | None, Told]]] = field(default_factory=list)
+    keys: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    with_bias: set[str] = field(default_factory=set)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def opened(self) -> Checkpoint:
+        return self.files[0]
+
+    @property
+    def architecture(self) -> Architecture:
+        assert self.known is not None
+        return self.known
+
+    @property
+    def spelled(self) -> Spelled | None:
+        """What settings are made from; None where the file's own names are kept."""
+        if self.dialect is None or self.known is None:
+            return None
+        return Spelled(self.dialect, self.known, self.opened, self.homes)
+
+    @property
+    def is_folder(self) -> bool:
+        return self.dialect is not None and self.dialect.folder
+
+    def claim(self, component: str, prefix: str, module: str, part: str) -> str:
+        """The key of a part in the output. Raises MismatchError for one that is taken."""
+        key = prefix + module + self.endings[part]
+        key = f"{component}{APART}{key}" if self.is_folder else key
+        if key in self.claimed:
+            raise MismatchError(self.opened.label, f"two of the tensors would be called {quote(key)}")
+        self.claimed.add(key)
+        self.homes[key] = component
+        return key
+
+
+def line_up(files: Sequence[Checkpoint], wish: Wish, base: Base | None) -> LinedUp:
+    """What is written of these files, module by module. Raises WeightopsError.
+
+    base: the model that they are for; without one, what depends on its weights (DoRA, OFT, …) is refused.
+    """
+    found = [read_adapters(file, architecture=wish.architecture) for file in files]
+    known = _architecture(files, found, wish, base)
+    if known is not None:  # one file may tell what another leaves open
+        found = [
+            one if one.architecture == known.name else read_adapters(file, architecture=known.name)
+            for one, file in zip(found, files, strict=True)
+        ]
+    for one in found:
+        if known is not None or one.indexed or one.problems or one.left:
+            one.check()
+        if not one.adapters:
+            raise MismatchError(one.label, "holds no adapter modules", "inspect shows what it is")
+    dialect = _dialect(found, wish, known)
+    endings = dialect.endings if dialect is not None else endings_of(found[0])
+    lined = LinedUp(files, wish, found, dialect, known, endings)
+    lined.values = [strengths(file, one) for file, one in zip(files, found, strict=True)]
+    if known is None:
+        _by_own_names(lined, base)
+    else:
+        _by_canonical_names(lined, base)
+    if not lined.modules and not lined.vectors:
+        raise MismatchError(", ".join(file.label for file in files), "change nothing together")
+    _embeddings(lined)
+    return lined
+
+
+def _architecture(
+    files: Sequence[Checkpoint], found: Sequence[AdapterFile], wish: Wish, base: Base | None
+) -> Architecture | None:
+    """The one that all are for; None where no known one has modules of these names."""
+    told = {one.architecture: file for one, file in zip(found, files, strict=True) if one.architecture is not None}
+    if base is not None and base.architecture is not None:
+        told.setdefault(base.architecture, base.opened)
+    if len(told) > 1:
+        (a, first), (b, second) = list(told.items())[:2]
+        raise MismatchError(second.label, f"is for {b}, but {first.label} is for {a}")
+    name = next(iter(told), None)
+    if name is None:
+        open_ = [one for one in found if one.possible]
+        if not open_:
+            return None
+        possible = ", ".join(open_[0].possible)
+        raise MismatchError(
+            open_[0].label, f"cannot tell which model it is for: {possible} have modules of these names and sizes",
+            f"--architecture {open_[0].possible[0]} says which",
+        )  # fmt: skip
+    for one in found:
+        if one.architecture is None and one.possible and name not in one.possible:
+            raise MismatchError(one.label, f"is for one of {', '.join(one.possible)}, and not for {name}")
+    return ARCHITECTURES.get(name)
+
+
+def _dialect(found: Sequence[AdapterFile], wish: Wish, known: Architecture | None) -> Dialect | None:
+    """The dialect that was asked for, or the first file's, or the nearest to it that is written."""
+    if wish.dialect is not None and wish.dialect not in DIALECTS:
+        raise UsageError("--dialect", f"unknown dialect {quote(wish.dialect)}", f"known are {', '.join(DIALECTS)}")
+    if known is None:
+        if wish.dialect is not None:
+            raise UsageError("--dialect", f"{found[0].label} is for a model that is not known, and keeps its names")
+        return None
+    if wish.dialect is not None:
+        return DIALECTS[wish.dialect]
+    own = found[0].dialect or ""
+    nearest = {"lycoris": "kohya", "bare, kohya endings": "kohya"}
+    return DIALECTS.get(own) or DIALECTS[nearest.get(own, "diffusers")]
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def _by_own_names(lined: LinedUp, base: Base | None) -> None:
+    """Modules of a model that is not known: those that are called alike."""
+    if base is not None:
+        raise MismatchError(base.opened.label, f"cannot be lined up with {lined.opened.label}, whose names none has")
+    groups: dict[str, list[Share]] = {}
+    for file, one in enumerate(lined.found):
+        for adapter in one.adapters:
+            rows = _shape(adapter)[:1] or (1,)
+            groups.setdefault(adapter.name, []).append(Share(file, adapter, ((0, rows[0]),)))
+    named = {file: {s.adapter.name for shares in groups.values() for s in shares if s.file == file} for file in (0, 1)}
+    if len(lined.files) > 1 and not named[0] & named[1]:
+        raise MismatchError(
+            lined.files[1].label,
+            f"has no module of a name that {lined.opened.label} has, and no known model has either's",
+        )
+    for name, shares in groups.items():
+        component = shares[0].adapter.beginning.text.partition(".")[0]
+        _combine(lined, component, "", name, [shares], None, base)
+
+
+def _by_canonical_names(lined: LinedUp, base: Base | None) -> None:
+    shares: dict[tuple[str, str], list[Share]] = {}
+    order = [c.name for c in lined.architecture.components]
+    for file, one in enumerate(lined.found):
+        for adapter in one.adapters:
+            assert adapter.target is not None
+            for name, bands in _bands(adapter, one.label, base):
+                shares.setdefault((adapter.component or "", name), []).append(Share(file, adapter, bands))
+    assert lined.dialect is not None
+    target = Target(lined.dialect, lined.architecture, lined.found[0].variant, lined.opened.label)
+    done: set[tuple[str, str]] = set()
+    for component, name in sorted(shares, key=lambda key: order.index(key[0])):
+        if (component, name) in done:
+            continue
+        place = target.place(component)
+        spelled = target.table(place).spelled_module(name)
+        if spelled is None:
+            what = f"{name} of the {component} has no name in {lined.dialect.name}'s spelling"
+            raise MismatchError(lined.opened.label, what, "--dialect names another")
+        rule, module, names = spelled
+        module = module.replace(".", "_") if lined.dialect.flat else module
+        done |= {(component, n) for n in names}
+        packed = [shares.get((component, n), []) for n in names]
+        _combine(lined, component, target.prefix(place), module, packed, (target, rule, names), base)
+
+
+def _bands(adapter: Adapter, label: str, base: Base | None) -> list[tuple[str, Bands]]:
+    """Which of the adapter's rows are those of each canonical module that it changes."""
+    assert adapter.target is not None
+    names, rule = adapter.target.names, adapter.target.rule
+    shape = _shape(adapter)
+    if not shape and base is not None:  # OFT and its like tell nothing of the weight
+        frame = base.frame(adapter)
+        shape = (sum(slot.spec.rows for slot in frame), *frame[0].spec.shape[1:])
+    if not shape:
+        return [(name, ((0, 1),)) for name in names]
+    rows, features = shape[0], shape[1] if len(shape) > 1 else None
+    if len(names) == 1:
+        swapped = swaps(rule, rows, features)
+        if swapped is None or (swapped and rows % 2):
+            what = f"{quote(adapter.name)}: its halves may have to trade places, and its shapes do not tell"
+            raise MismatchError(label, what)
+        return [(names[0], ((rows // 2, rows), (0, rows // 2)) if swapped else ((0, rows),))]
+    tall = heights(rule, rows, features)
+    if tall is None:
+        what = f"{quote(adapter.name)} changes {rows} rows, which cannot be shared out to {', '.join(names)}"
+        raise MismatchError(label, what)
+    found: list[tuple[str, Bands]] = []
+    start = 0
+    for name, height in zip(names, tall, strict=True):
+        found.append((name, ((start, start + height),)))
+        start += height
+    return found
+
+
+def _shape(adapter: Adapter) -> Shape:
+    """Of what it changes, where its parts tell: the weight, or the bias alone."""
+    shape = adapter.family.shape(adapter.shapes)
+    if shape is None:
+        shape = next((adapter.shapes[part] for part in adapter.family.of_bias if part in adapter.shapes), ())
+    return shape
+
+
+# ------------------------------------------------------------------------------------------------ modules
+
+
+def _combine(
+    lined: LinedUp, component: str, prefix: str, module: str, packed: Sequence[Sequence[Share]],
+    spelled: tuple[Target, Rule, tuple[str, ...]] | None, base: Base | None,
+) -> None:  # fmt: skip
+    """One module of the output: those of the canonical ones that it packs, in order."""
+    starts, rows = _starts(lined, prefix + module, packed, spelled)
+    placed: dict[int, tuple[Share, list[Placement]]] = {}
+    for shares, start in zip(packed, starts, strict=True):
+        for share in shares:
+            _, places = placed.setdefault(id(share.adapter), (share, []))
+            at = start
+            for low, high in share.bands:
+                places.append((low, high, at))
+                at += high - low
+    if spelled is not None and len(packed) == 1:
+        placed = {n: (share, _swapped(places, spelled[1], share, rows)) for n, (share, places) in placed.items()}
+    terms: list[Term] = []
+    dtype = None
+    vectors: dict[str, list[tuple[int, Source, float, tuple[Placement, ...]]]] = {}
+    for share, places in placed.values():
+        merged = _joined(places)
+        term = _term(lined, share, merged, rows, base)
+        if term is not None:
+            terms.append(term)
+            dtype = dtype or dtype_of(term.parts)
+        _vectors(lined, share, merged, vectors, has_factors=term is not None)
+    if terms:
+        lined.modules.append(_module(lined, component, prefix, module, terms, dtype or "F32", rows))
+    for part, summands in vectors.items():
+        _vector(lined, component, prefix, module, part, summands, rows, has_factors=bool(terms))
+
+
+def _starts(
+    lined: LinedUp, name: str, packed: Sequence[Sequence[Share]],
+    spelled: tuple[Target, Rule, tuple[str, ...]] | None,
+) -> tuple[list[int], int]:  # fmt: skip
+    """The first row of each canonical module in the one that packs them, and the rows of that."""
+    found: list[int | None] = []
+    for shares in packed:
+        sizes = {share.rows for share in shares}
+        if len(sizes) > 1:
+            said = ", ".join(f"{lined.files[s.file].label}: {s.rows}" for s in shares)
+            raise MismatchError(lined.opened.label, f"{quote(name)} has not the same rows in all files ({said})")
+        found.append(sizes.pop() if sizes else None)
+    if None in found:
+        assert spelled is not None
+        target, rule, names = spelled
+        there = next(share for shares in packed for share in shares)
+        shape = _shape(there.adapter)
+        features = shape[1] if len(shape) > 1 else None
+        place = target.place(there.adapter.component or "")
+        found = [
+            rows_of_pack(target, place, names, found, features, rule, n) if rows is None else rows
+            for n, rows in enumerate(found)
+        ]
+    if None in found:
+        what = f"{quote(name)} packs modules that no file changes, and their sizes are not known"
+        raise MismatchError(lined.opened.label, what, "--dialect diffusers needs no packing")
+    tall = [rows or 0 for rows in found]
+    return [sum(tall[:n]) for n in range(len(tall))], sum(tall)
+
+
+def _swapped(places: list[Placement], rule: Rule, share: Share, rows: int) -> list[Placement]:
+    """The same, in a spelling whose halves stand the other way round."""
+    shape = _shape(share.adapter)
+    if not swaps(rule, rows, shape[1] if len(shape) > 1 else None):
+        return places
+    half, found = rows // 2, []
+    for start, stop, to in places:
+        for low, high in ((0, half), (half, rows)):
+            a, b = max(low, to), min(high, to + stop - start)
+            if a < b:
+                found.append((start + a - to, start + b - to, a + half if low == 0 else a - half))
+    return sorted(found, key=lambda place: place[2])
+
+
+def _joined(places: Sequence[Placement]) -> tuple[Placement, ...]:
+    """Rows that follow each other on both sides, as one stretch."""
+    found: list[Placement] = []
+    for start, stop, to in places:
+        if found and found[-1][1] == start and found[-1][2] + found[-1][1] - found[-1][0] == to:
+            found[-1] = (found[-1][0], stop, found[-1][2])
+        else:
+            found.append((start, stop, to))
+    return tuple(found)
+
+
+def _term(lined: LinedUp, share: Share, placed: tuple[Placement, ...], rows: int, base: Base | None) -> Term | None:
+    """The adapter's change of the weight; None: it changes the bias, or a norm, alone."""
+    adapter, label = share.adapter, lined.files[share.file].label
+    family, keys = adapter.family, adapter.keys
+    alpha, told = _strength(lined, share)
+    specs = {key: lined.files[share.file].tensors[key].spec for key in keys.values()}
+    parts = parts_of(adapter, specs)
+    shape = family.shape(adapter.shapes)
+    if not family.changes_weight(keys) or (shape is not None and len(shape) < 2):
+        return None
+    depends = "dora_scale" in keys or family.delta is None
+    if "reshape_weight" in keys:
+        raise MismatchError(label, f"{quote(adapter.name)} gives its weight another shape, and is not to be combined")
+    strength = 1.0 if _is_blended(lined) else lined.wish.strengths[share.file]
+    mine = {part: source for part, source in parts.items() if part not in family.of_bias}
+    if depends:
+        if base is None:
+            kind = "a magnitude (DoRA)" if family.delta is not None else f"a {family.name}"
+            raise MismatchError(
+                label, f"{quote(adapter.name)} is {kind}, whose change depends on the model's weights",
+                "--base CHECKPOINT, the model that the LoRAs are for, makes a LoRA of it",
+            )  # fmt: skip
+        frame = base.frame(adapter)
+        whole = (sum(slot.spec.rows for slot in frame), *frame[0].spec.shape[1:])
+        at = None if placed == ((0, whole[0], 0),) and whole[0] == rows else placed
+        return Term(share.file, adapter.name, family, mine, alpha, told, strength, whole, placed=at, frame=frame,
+                    base=base.number)  # fmt: skip
+    assert shape is not None
+    if family.flat and len(shape) == 2 and adapter.target is not None and lined.known is not None:
+        place = next(c for c in lined.known.components if c.name == adapter.component)
+        shape = unflattened(shape, adapter.target.names[0], place)
+    at = None if placed == ((0, shape[0], 0),) and shape[0] == rows else placed
+    return Term(share.file, adapter.name, family, mine, alpha, told, strength, shape, placed=at)
+
+
+def _is_blended(lined: LinedUp) -> bool:
+    return lined.wish.blend is not None
+
+
+def _strength(lined: LinedUp, share: Share) -> tuple[float | None, Told]:
+    alpha, told = lined.values[share.file].get(share.adapter.name, (None, Told()))
+    if alpha is not None and not math.isfinite(alpha):
+        what = f"{quote(share.adapter.name)} has alpha {alpha}, expected a finite number"
+        raise FormatError(lined.files[share.file].label, what)
+    return alpha, told
+
+
+def _module(
+    lined: LinedUp, component: str, prefix: str, module: str, terms: Sequence[Term], dtype: str, rows: int
+) -> Module:
+    name = prefix + module
+    widths = {term.n for term in terms}
+    if len(widths) > 1:
+        said = ", ".join(f"{lined.files[t.source].label}: {list(t.shape)}" for t in terms)
+        raise MismatchError(lined.opened.label, f"{quote(name)} has not the same inputs in all files ({said})")
+    shape = (rows, *terms[0].shape[1:])
+    blend = lined.wish.blend
+    if blend is not None and len({term.source for term in terms}) == 1:  # nothing to combine it with
+        only = terms[0].source
+        terms = [_stronger(term, lined.wish.strengths[only]) for term in terms]
+        blend = None
+    of = Sum(name, tuple(sorted(terms, key=lambda term: term.source)), shape, blend)
+    parts = ["up", "down", *(["alpha"] if _says_alpha(lined) else []), *(["diff"] if _says_diff(lined) else [])]
+    keys = {part: lined.claim(component, prefix, module, part) for part in parts}
+    for term in of.terms:
+        adapter = next(a for a in lined.found[term.source].adapters if a.name == term.name and a.family is term.family)
+        taken = [k for p, k in adapter.keys.items() if p not in adapter.family.of_bias]
+        lined.account.used += taken
+        lined.keys.setdefault(name, []).extend((term.source, key) for key in taken)
+    lined.names[name] = (prefix, module)
+    if lined.wish.compat is not None:
+        return _as_peer(lined, Module(of, component, keys, dtype, module))
+    incoming = max(_rank(term) for term in of.terms) if of.is_product else None
+    return Module(of, component, keys, dtype, module, exact=lined.wish.exact, incoming=incoming)
+
+
+def _as_peer(lined: LinedUp, module: Module) -> Module:
+    """The module as sd-scripts' merge_lora.py would make it, with `exact` its --concat. Raises MismatchError."""
+    for term in module.of.terms:
+        if term.family.name != "lora" or "mid" in term.parts or term.placed is not None or not term.is_product:
+            label = lined.files[term.source].label
+            raise MismatchError(label, f"{quote(term.name)} is nothing that sd-scripts' merge_lora.py can merge")
+    ranks = [term.product_rank for term in module.of.terms]
+    rank = sum(ranks) if lined.wish.exact else max(ranks)
+    first = module.of.terms[0].alpha
+    scale = (ranks[0] if first is None else first) / rank
+    peer = "concat" if lined.wish.exact else "ratio"
+    if len(ranks) > 1 and not lined.warnings:
+        parts = [Part(t.strength, r) for t, r in zip(module.of.terms, ranks, strict=True)]
+        lined.warnings.append(what_differs(parts, concat=lined.wish.exact))
+    return replace(module, scale=scale, incoming=rank, peer=peer)
+
+
+def _stronger(term: Term, strength: float) -> Term:
+    return replace(term, strength=strength)
+
+
+def _rank(term: Term) -> int:
+    """The rank that comes in with a term: no more than its matrix can have."""
+    return min(term.product_rank, term.out, term.n)
+
+
+def _says_alpha(lined: LinedUp) -> bool:
+    """Does alpha stand among the tensors? It is the rank, so that nothing is lost where it does not."""
+    if lined.dialect is None:
+        return any("alpha" in adapter.keys for adapter in lined.found[0].adapters)
+    return lined.dialect.alpha == "tensor"
+
+
+def _says_diff(lined: LinedUp) -> bool:
+    return lined.dialect is None or lined.dialect.alpha == "tensor"
+
+
+# ------------------------------------------------------------------------------------------------ biases and norms
+
+
+def _vectors(
+    lined: LinedUp, share: Share, placed: tuple[Placement, ...],
+    vectors: dict[str, list[tuple[int, Source, float, tuple[Placement, ...]]]], *, has_factors: bool,
+) -> None:  # fmt: skip
+    """What the adapter changes beside a matrix, by the part that it is in the output."""
+    adapter, family = share.adapter, share.adapter.family
+    alpha, told = _strength(lined, share)
+    specs = {key: lined.files[share.file].tensors[key].spec for key in adapter.keys.values()}
+    parts = parts_of(adapter, specs)
+    scale = family.scale(Description(adapter.shapes, alpha, told)) if family.name == "lora" else 1.0
+    factor = lined.wish.strengths[share.file] * scale
+    used = []
+    for part, source in parts.items():
+        if part == "set_bias":
+            why = "it sets a bias, which no sum of changes can say"
+            lined.account.unused.append(Unused(source.key, lined.files[share.file].label, why, asked=False))
+            continue
+        is_vector = part in family.of_bias or (part in ("diff", "w_norm") and len(source.spec.shape) == 1)
+        if is_vector:
+            to = {"bias": "diff_b", "diff_b": "diff_b", "diff": "diff", "w_norm": "w_norm", "b_norm": "b_norm"}[part]
+            vectors.setdefault(to, []).append((share.file, source, factor, placed))
+            used.append(source.key)
+    lined.account.used += used
+    if not has_factors and used and "alpha" in adapter.keys:
+        lined.account.used.append(adapter.keys["alpha"])
+
+
+def _vector(
+    lined: LinedUp, component: str, prefix: str, module: str, part: str,
+    summands: Sequence[tuple[int, Source, float, tuple[Placement, ...]]], rows: int, *, has_factors: bool,
+) -> None:  # fmt: skip
+    """A bias's or a norm's change; of dialects that have none, those of modules without factors are left out."""
+    if lined.dialect is not None and lined.dialect.alpha != "tensor":
+        if part != "diff_b" or not has_factors:
+            why = f"{lined.dialect.name} has no differences of biases and norms"
+            gone = {source.key for _, source, _, _ in summands}
+            lined.account.used = [key for key in lined.account.used if key not in gone]
+            lined.account.unused += [
+                Unused(source.key, lined.files[file].label, why, asked=False) for file, source, _, _ in summands
+            ]
+            return
+        part = "bias"
+        lined.with_bias.add(prefix + module)
+    key = lined.claim(component, prefix, module, part)
+    lined.vectors.append(Vector(key, summands[0][1].spec.dtype, rows, tuple(summands)))
+
+
+def _embeddings(lined: LinedUp) -> None:
+    """Embeddings that files carry along: copied, the first of a name."""
+    for number, (file, one) in enumerate(zip(lined.files, lined.found, strict=True)):
+        for key in one.embeddings:
+            label = file.label
+            if lined.is_folder:
+                why = "an embedding has no place in a PEFT folder"
+            elif key in lined.embeddings:
+                why = f"{lined.files[lined.embeddings[key]].label} has one of its name"
+            else:
+                lined.embeddings[key] = number
+                lined.account.copied.append(key)
+                continue
+            lined.account.unused.append(Unused(key, label, why, asked=False))
+        lined.account.unused += [Unused(path, file.label, why, asked=True) for path, why in file.left_out]

@@ -1,0 +1,205 @@
+"""The work that resize, combine and others share: ranks for modules, by rule, and a file of LoRAs of these ranks.
+
+Where the data decide the ranks, a pass over the factors comes first; then one that writes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from weightops.engine.chunks import memory_for
+from weightops.engine.run import Outcome, Progress, ignore, run
+from weightops.errors import Interrupted, UsageError
+from weightops.lora.rank import RankRule, ranks_for, weighted
+from weightops.ops.factor_check import check_factors
+from weightops.ops.factor_plan import Built, Module, build, rows_of, scans
+from weightops.ops.produce import Bar, Planned, is_cuda, produce
+from weightops.ops.truncation import squared
+from weightops.plan import Input, Plan, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from weightops.files.checkpoint import Checkpoint
+    from weightops.files.tensor import Slot
+    from weightops.lora.rank import Spectrum
+    from weightops.ops.report import Report
+
+
+class File(Protocol):
+    """What is particular about the file that is written."""
+
+    def planned(self, built: Built, ranks: Sequence[int]) -> Planned:
+        """The plan of the whole file, of which `built` are the first tasks."""
+
+    def line(self, report: Report) -> str:
+        """What was done, in one line."""
+
+
+@dataclass(slots=True)
+class Cutting:
+    """Modules on their way to a file of LoRAs.
+
+    rule, conv_rule: None: each module keeps the largest rank that comes in. frames: where each module's weight is in a
+    base, by which `size:` and `error:` weigh; empty: they do not.
+    """
+
+    command: str
+    file: File
+    modules: Sequence[Module]
+    sources: tuple[Checkpoint, ...]
+    target: Path
+    rule: RankRule | None
+    conv_rule: RankRule | None
+    dtype: str
+    seed: int
+    memory: int | None
+    running: Mapping[str, Any]
+    bar: Bar
+    force: bool = False
+    frames: Mapping[str, Sequence[Slot]] = field(default_factory=dict)
+    bytes_read: int = 0
+    given: list[Spectrum] = field(default_factory=list)
+
+    @property
+    def scanned(self) -> bool:
+        """Do the data decide the ranks?"""
+        return any(self.rule_of(m).kind != "rank" for m in self.modules)
+
+    def rule_of(self, module: Module) -> RankRule:
+        given = self.conv_rule if module.of.is_convolution else self.rule
+        return RankRule("rank", module.rank_before) if given is None else given
+
+    def scan(self, start: float, stop: float) -> list[Spectrum]:
+        """The spectrum of each module, weighed by the base where that is asked for; of all modules, once."""
+        if self.given:
+            return self.given
+        tasks = scans(self.modules, self.sources, self.dtype)
+        weights = [(n, slot) for n, m in enumerate(self.modules) for slot in self.frames.get(m.of.name, ())]
+        tasks += [Task(self.modules[n].of.name, (Input(1, slot),), (), squared) for n, slot in weights]
+        values = self.scan_values(tasks, self.bar.part(start, stop))
+        count = len(self.modules)
+        self.given = [values[n][0] for n in range(count)]
+        if self.frames:
+            norms = [0.0] * count
+            for task, (n, _) in enumerate(weights, count):
+                norms[n] += math.fsum(values[task])
+            self.given = [weighted(s, 1 / w if w else 0.0) for s, w in zip(self.given, norms, strict=True)]
+        return self.given
+
+    def scan_values(self, tasks: Sequence[Task], on_progress: Progress) -> list[list[Any]]:
+        """The values of each task of a pass that writes nothing."""
+        plan = Plan(self.sources, {}, tuple(tasks))
+        outcome = run(plan, None, memory=memory_for(plan, self.memory), on_progress=on_progress, **self.running)
+        self.bytes_read += outcome.bytes_read
+        return [outcome.values[n] for n in range(len(tasks))]
+
+    def ranks(self, given: Sequence[Spectrum]) -> list[int]:
+        """A rank for each module. given: none, where numbers alone decide."""
+        sizes = [(m.of.out, m.of.n) for m in self.modules]
+        rules = [self.rule_of(m) for m in self.modules]
+        if not given:
+            found = [r.most(*size) for r, size in zip(rules, sizes, strict=True)]
+        else:
+            found = ranks_for(rules, given, sizes, self.size_of)
+        return [m.settled(rank) for m, rank in zip(self.modules, found, strict=True)]
+
+    def size_of(self, ranks: Sequence[int]) -> int:
+        """The bytes of the file that these ranks make."""
+        planned, _ = self.planned([m.settled(r) for m, r in zip(self.modules, ranks, strict=True)])
+        return self.foreseen(planned).bytes_written
+
+    def planned(self, ranks: Sequence[int]) -> tuple[Planned, Built]:
+        """The plan that writes these ranks."""
+        device = self.running["device"]
+        built = build(
+            self.modules, ranks, self.sources, dtype=self.dtype, seed=self.seed,
+            together=device != "cpu" and is_cuda(device),
+        )  # fmt: skip
+        return self.file.planned(built, ranks), built
+
+    def produce(
+        self, planned: Planned, *, dry_run: bool, memory: int, force: bool, on_progress: Progress = ignore
+    ) -> Report:
+        return produce(
+            self.command, planned, self.target, memory=memory, force=force, dry_run=dry_run, check=False,
+            on_progress=on_progress, **self.running,
+        )  # fmt: skip
+
+    def foreseen(self, planned: Planned) -> Report:
+        """What a plan would write, wherever and in however much memory."""
+        return self.produce(planned, dry_run=True, memory=1 << 62, force=True)
+
+    def write(self, *, dry_run: bool, verify: bool) -> Report:
+        """The whole work, or with `dry_run` what it would be."""
+        rules = [(m, self.rule_of(m)) for m in self.modules]
+        least = [m.settled(r.most(m.of.out, m.of.n) if r.kind == "rank" else 1) for m, r in rules]
+        planned, _ = self.planned(least)
+        memory = memory_for(planned.plan, self.memory)
+        told = self.produce(planned, dry_run=True, memory=memory, force=self.force)  # refuses what headers tell
+        if dry_run:
+            return self._foretold() if self.scanned else told
+        scanned = self.scanned or not all(least)  # of what is dropped, too, the norm is told
+        middle = 0.5 if scanned else 0.0
+        self.bar.total = max(sum(source.nbytes for source in self.sources), 1)
+        given = self.scan(0.0, middle) if scanned else []
+        ranks = self.ranks(given)
+        if not any(ranks):
+            what = f"{self._said} leaves no module a rank: there is nothing to write"
+            hint = f"one rank of the smallest module takes {min(s.nbytes for s in given):,} bytes, beside the header"
+            raise UsageError("--rank", what, hint if self._limit is not None else None)
+        planned, built = self.planned(ranks)
+
+        def then(outcome: Outcome, report: Report) -> None:
+            report.details |= summed(rows_of(self.modules, ranks, built.values(outcome.values), given))
+            report.details["line"] = self.file.line(report)
+
+        planned.then = then
+        report = self.produce(
+            planned, dry_run=False, memory=memory_for(planned.plan, self.memory), force=self.force,
+            on_progress=self.bar.part(middle, 1.0),
+        )  # fmt: skip
+        report.bytes_read += self.bytes_read
+        if verify:
+            try:
+                report.verified = check_factors(self.modules, self.sources, self.target, report.details["modules"])
+            except (Interrupted, KeyboardInterrupt):
+                what = "interrupted while it was verified; it is written, and whole"
+                raise Interrupted(str(self.target), what) from None
+        return report
+
+    def _foretold(self) -> Report:
+        """The report of a dry run, with the largest ranks that there can be."""
+        planned, _ = self.planned([m.settled(self.rule_of(m).most(m.of.out, m.of.n)) for m in self.modules])
+        planned.warnings.append(
+            f"the size is the largest that it can be: what --rank {self._said} keeps depends on the data"
+        )
+        report = self.produce(planned, dry_run=True, memory=1 << 62, force=self.force)
+        if self._limit is not None:
+            report.bytes_written = min(report.bytes_written, self._limit)
+        return report
+
+    @property
+    def _said(self) -> str:
+        """The rule that depends on the data, as it is typed."""
+        rules = [rule for rule in (self.rule, self.conv_rule) if rule is not None]
+        return next((rule.said for rule in rules if rule.kind != "rank"), rules[0].said if rules else "")
+
+    @property
+    def _limit(self) -> int | None:
+        """The bytes that the file may have, where the rule says them."""
+        return int(self.rule.value) if self.rule is not None and self.rule.kind == "size" else None
+
+
+def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows, and what they say of the whole file: energy and error of all modules together."""
+    norm = math.fsum(r["delta_norm"] ** 2 for r in rows)
+    kept = math.fsum(r["energy"] * r["delta_norm"] ** 2 for r in rows)
+    lost = math.fsum((r["error"] * r["delta_norm"]) ** 2 for r in rows)
+    return {
+        "modules": rows, "delta_norm": math.sqrt(norm), "energy": kept / norm if norm else 1.0,
+        "error": math.sqrt(lost / norm) if norm else 0.0,
+    }  # fmt: skip

@@ -1,0 +1,78 @@
+"""Read a written LoRA back, and see that each module's error is what the report says: in float64, of some modules."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+from weightops.errors import ValueRefused, quote
+from weightops.files.checkpoint import open_checkpoint
+from weightops.lora.lowrank import LowRank, norm
+from weightops.ops.adapter_modules import modules_of, read_own
+from weightops.ops.extract_check import ABSOLUTE, RELATIVE, SAMPLES
+from weightops.ops.sums import total
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from weightops.files.checkpoint import Checkpoint
+    from weightops.ops.factor_plan import Module
+
+
+def check_factors(
+    modules: Sequence[Module], sources: Sequence[Checkpoint], written: Path, said: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Compare the error of up to 16 modules, computed in float64 from the files, with what the report says.
+
+    said: the report's row of each module. Returns {"modules", "largest_difference"}, the latter relative to ‖ΔW‖.
+    Raises ValueRefused.
+    """
+    there = [n for n, row in enumerate(said) if row["rank"]]
+    chosen = random.Random(0).sample(there, min(SAMPLES, len(there)))
+    worst = 0.0
+    with open_checkpoint(written) as output:
+        made = {m.of.name: m for m in modules_of(output, read_own(output)).modules}
+        for n in chosen:
+            name, told = said[n]["name"], said[n]["error"]
+            if name not in made:
+                raise ValueRefused(str(written), f"{quote(name)} is not there, or not as it was written")
+            off = _off(_read(modules[n], sources), _read(made[name], (output,)))
+            gap = abs(off - told)
+            if not gap <= RELATIVE * told + ABSOLUTE:
+                raise ValueRefused(
+                    str(written), f"{quote(name)} is off by {off:.6g} of its norm, and {told:.6g} was computed",
+                    "the disk or the memory of this machine may be failing; run again, and report it if it stays",
+                )  # fmt: skip
+            worst = max(worst, gap)
+    return {"modules": len(chosen), "largest_difference": worst}
+
+
+def _read(module: Module, sources: Sequence[Checkpoint]) -> LowRank | Tensor:
+    """ΔW of a module, as it stands in the files, in float64."""
+    from weightops.engine.tensors import as_tensor
+
+    given = []
+    for entry in module.of.inputs(sources):
+        data = memoryview(bytearray(entry.slot.spec.nbytes))
+        sources[entry.source].read_bytes(entry.slot, 0, len(data), data)
+        given.append(as_tensor(data, entry.slot.spec).double())
+    found = total(module.of, given)
+    if isinstance(found, LowRank):
+        return LowRank(found.up.double() * module.scale, found.down.double())
+    return found.double() * module.scale
+
+
+def _off(was: LowRank | Tensor, now: LowRank | Tensor) -> float:
+    """‖was − now‖ / ‖was‖."""
+    import torch
+
+    if isinstance(was, LowRank) and isinstance(now, LowRank):
+        size = norm(was)
+        rest = norm(LowRank(torch.cat([was.up, -now.up], 1), torch.cat([was.down, now.down], 0)))
+        return rest / size if size else rest
+    a, b = (found.dense() if isinstance(found, LowRank) else found for found in (was, now))
+    size = float(a.norm())
+    return float((a - b).norm()) / (size or 1.0)

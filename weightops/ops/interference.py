@@ -1,0 +1,148 @@
+"""How LoRAs get in each other's way: a scan of what each changes of every module, before they are combined."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from weightops.lora.lowrank import LowRank
+from weightops.lora.overlap import gram, principal_angles, sign_conflicts
+from weightops.ops.sums import Sum, by_file
+from weightops.plan import Grain, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from weightops.files.checkpoint import Checkpoint
+    from weightops.plan import Block
+
+_ROWS = 64  # of which signs are compared
+
+
+class Pair(NamedTuple):
+    """Two files in one module. angles: the smallest principal one between their column spaces, and the mean of the
+    squared cosines of all; None: of a change that has no factors. conflicts: the share of values of opposite signs."""
+
+    a: int
+    b: int
+    smallest_angle: float | None
+    shared: float | None
+    conflicts: float
+
+
+class Met(NamedTuple):
+    """One module: the files that change it, the inner products of their changes as they stand, and their pairs."""
+
+    files: tuple[int, ...]
+    gram: list[list[float]]
+    pairs: list[Pair]
+
+
+def meetings(sums: Sequence[Sum], sources: Sequence[Checkpoint]) -> list[Task]:
+    """A scan of each module that several files change; its value is a `Met`."""
+    return [
+        Task(of.name, tuple(of.inputs(sources)), (), _met(of), Grain.TENSOR, work_nbytes=_met_nbytes(of)) for of in sums
+    ]
+
+
+def _met_nbytes(of: Sum) -> int:
+    rank = sum(term.product_rank for term in of.terms) if of.is_product else min(of.out, of.n)
+    return of.nbytes() + 32 * rank * (of.out + of.n) + 64 * _ROWS * of.n + (8 << 20)
+
+
+def _met(of: Sum) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], Met]:
+    def compute(inputs: Sequence[Tensor], _outputs: Sequence[Tensor], _block: Block) -> Met:
+        import torch
+
+        parts = by_file(of, inputs)
+        files, changes = tuple(parts), list(parts.values())
+        products = [part for part in changes if isinstance(part, LowRank)]
+        rows = sorted({of.out * n // min(_ROWS, of.out) for n in range(min(_ROWS, of.out))})
+        if len(products) == len(changes):
+            inner = gram(products)
+        else:
+            changes = [part.dense() if isinstance(part, LowRank) else part for part in changes]
+            flat = [part.flatten().double() for part in changes if not isinstance(part, LowRank)]
+            inner = [[float(torch.dot(a, b)) for b in flat] for a in flat]
+        pairs = []
+        for i in range(len(files)):
+            for j in range(i + 1, len(files)):
+                a, b = changes[i], changes[j]
+                if isinstance(a, LowRank) and isinstance(b, LowRank):
+                    angles = principal_angles(a, b)
+                    shared = math.fsum(math.cos(angle) ** 2 for angle in angles) / len(angles) if angles else 0.0
+                    smallest = min(angles) if angles else None
+                    pairs.append(Pair(files[i], files[j], smallest, shared, sign_conflicts(a, b, rows).share))
+                else:
+                    assert not isinstance(a, LowRank)
+                    assert not isinstance(b, LowRank)
+                    signs = a[rows].sign() * b[rows].sign()
+                    both = int(signs.abs().sum())
+                    share = int((signs < 0).sum()) / both if both else 0.0
+                    pairs.append(Pair(files[i], files[j], None, None, share))
+        return Met(files, inner, pairs)
+
+    return compute
+
+
+def interference(met: Mapping[str, Met], weights: Sequence[float], names: Sequence[str]) -> dict[str, Any]:
+    """The report: per module and over all of them, for files of these weights and names.
+
+    Each pair's cosine; the smallest principal angle between their column spaces, in degrees, and how much of these they
+    share (mean squared cosine); how many of their values have opposite signs. `strengths`: how strongly each acts in
+    the weighted sum, 1 as if it were alone: ⟨Σ wⱼΔⱼ, wᵢΔᵢ⟩ / ‖wᵢΔᵢ‖².
+    """
+    rows = []
+    count = len(names)
+    whole = [[0.0] * count for _ in range(count)]
+    for name, found in met.items():
+        for i, a in enumerate(found.files):
+            for j, b in enumerate(found.files):
+                whole[a][b] += found.gram[i][j]
+        if len(found.files) < 2:
+            continue
+        strengths = _strengths(found.gram, [weights[file] for file in found.files])
+        rows.append({
+            "name": name,
+            "strengths": {names[file]: s for file, s in zip(found.files, strengths, strict=True)},
+            "pairs": [_pair(pair, found, names, weights) for pair in found.pairs],
+        })  # fmt: skip
+    pairs = []
+    for i in range(count):
+        for j in range(i + 1, count):
+            cosine = _cosine(whole[i][j], whole[i][i], whole[j][j], weights[i] * weights[j])
+            pairs.append({"a": names[i], "b": names[j], "cosine": cosine})
+    return {
+        "modules": rows, "pairs": pairs,
+        "strengths": dict(zip(names, _strengths(whole, weights), strict=True)),
+        "norms": {name: math.sqrt(max(whole[n][n], 0.0)) for n, name in enumerate(names)},
+    }  # fmt: skip
+
+
+def _pair(pair: Pair, found: Met, names: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:
+    i, j = found.files.index(pair.a), found.files.index(pair.b)
+    both = weights[pair.a] * weights[pair.b]
+    return {
+        "a": names[pair.a], "b": names[pair.b],
+        "cosine": _cosine(found.gram[i][j], found.gram[i][i], found.gram[j][j], both),
+        "smallest_angle": None if pair.smallest_angle is None else math.degrees(pair.smallest_angle),
+        "shared": pair.shared,
+        "sign_conflicts": pair.conflicts if both > 0 else 1 - pair.conflicts if both < 0 else 0.0,
+    }  # fmt: skip
+
+
+def _cosine(inner: float, a: float, b: float, sign: float) -> float:
+    """Of the weighted changes; 0 where one of them is nothing."""
+    size = math.sqrt(max(a, 0.0) * max(b, 0.0))
+    return math.copysign(1.0, sign) * inner / size if size and sign else 0.0
+
+
+def _strengths(inner: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float | None]:
+    """None for what is nothing alone."""
+    return [
+        math.fsum(w * v for w, v in zip(weights, row, strict=True)) / (weights[i] * row[i])
+        if weights[i] and row[i] > 0 else None
+        for i, row in enumerate(inner)
+    ]  # fmt: skip

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import pytest
@@ -137,7 +137,7 @@ def test_only_the_command_line_prints(path: Path) -> None:
 @every_file
 def test_torch_numpy_and_rich_are_imported_where_they_are_used(path: Path) -> None:
     """At the top of a file they would be paid for by --help, and by whoever only looks at a header."""
-    heavy = {"torch", "numpy", "rich", "xxhash", "huggingface_hub", "safetensors"}
+    heavy = {"torch", "numpy", "rich", "xxhash", "huggingface_hub", "safetensors", "matplotlib"}
     if name_of(path) in TORCH_AT_THE_TOP:
         heavy -= {"torch"}
     for node in tree_of(path).body:
@@ -199,10 +199,17 @@ def test_the_packages_listed_are_the_folders_there_are() -> None:
 
 
 def test_what_is_imported_is_what_is_declared() -> None:
-    declared = {re.split(r"[<>=~!\[; ]", line)[0] for line in project()["project"]["dependencies"]}  # type: ignore[index]
+    said: Any = project()["project"]
+    lines = [*said["dependencies"], *said["optional-dependencies"]["plot"]]
+    declared = {re.split(r"[<>=~!\[; ]", line)[0] for line in lines}
     names = {"huggingface-hub": "huggingface_hub"}
     used = {module.split(".")[0] for path in FILES for module in imports_of(path, types=False)}
     assert used - set(sys.stdlib_module_names) - {"weightops"} == {names.get(name, name) for name in declared}
+
+
+def test_an_extra_is_used_where_it_is_needed_alone() -> None:
+    users = {name_of(path) for path in FILES for module in imports_of(path) if module.split(".")[0] == "matplotlib"}
+    assert users == {"cli/plots.py"}
 
 
 def test_the_version_is_said_in_one_place_for_all() -> None:

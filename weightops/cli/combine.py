@@ -21,8 +21,9 @@ def _list_methods(ctx: click.Context, _param: click.Parameter, value: bool) -> N
 
 @click.command("combine", short_help="Several LoRAs into one.")
 @click.argument("loras", metavar="LORA[:STRENGTH]…", nargs=-1, required=True)
-@click.option("--rank", metavar="R",
-              help="A number, or energy:0.98, error:0.02, size:32MiB …  [default: of each module the largest]")  # fmt: skip
+@click.option(
+    "--rank", metavar="R", help="A number, or energy:0.98, error:0.02, size:32MiB …  [default: a module's largest]"
+)
 @click.option("--conv-rank", metavar="R", help="Of convolutions larger than 1x1.  [default: as --rank]")
 @click.option("--max-rank", type=click.IntRange(1), metavar="N", help="The most that a rule gives a module.")
 @click.option("--max-conv-rank", type=click.IntRange(1), metavar="N",

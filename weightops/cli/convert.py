@@ -9,6 +9,7 @@ import click
 from weightops.cli import options, render
 from weightops.lora.dialects import DIALECTS
 from weightops.ops.convert import convert
+from weightops.ops.convert_adapter import TO_LORA
 from weightops.ops.layout import LAYOUTS
 from weightops.ops.prediction import KINDS
 
@@ -16,10 +17,16 @@ from weightops.ops.prediction import KINDS
 @click.command("convert", short_help="Another layout or dialect, dtype or container.")
 @click.argument("file", metavar="FILE")
 @click.option(
-    "--to", type=click.Choice(list(dict.fromkeys([*LAYOUTS, *DIALECTS]))),
-    help="Of a checkpoint diffusers (a folder), original, comfy; of a LoRA kohya, diffusers, peft, comfy, onetrainer. "
-    "Without it, names stay.",
+    "--to", type=click.Choice(list(dict.fromkeys([*LAYOUTS, *DIALECTS, TO_LORA]))),
+    help="Of a checkpoint diffusers (a folder), original, comfy; of a LoRA kohya, diffusers, peft, comfy, onetrainer; "
+    "lora: any adapter family to plain LoRA. Without it, names stay.",
 )  # fmt: skip
+@click.option(
+    "--rank", metavar="R", help="With --to lora: how near. A number, energy:0.99, error:0.01 …  [default: exact]"
+)
+@click.option("--conv-rank", metavar="R", help="The same of convolutions larger than 1x1.  [default: as --rank]")
+@click.option("--base", metavar="CHECKPOINT", help="With --to lora: the model it is for; DoRA, OFT … need it.")
+@click.option("--seed", type=int, metavar="N", default=0, help="With --to lora: of what has no exact factors.")
 @options.drop
 @options.shard_size
 @click.option(
@@ -39,7 +46,7 @@ from weightops.ops.prediction import KINDS
 )
 @options.allow_nonfinite
 @options.writing
-@options.running
+@options.running_whole
 @options.speaking
 def command(file: str, as_json: bool, quiet: bool, verbose: bool, **rest: Any) -> None:
     """A checkpoint in another layout, dtype or container, or a LoRA in another dialect.

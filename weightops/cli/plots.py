@@ -6,16 +6,18 @@ matplotlib is the extra weightops[plot], imported inside the functions only; pyp
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from weightops.cli.render import shared_start
 from weightops.errors import OutputError, UsageError, printable, quote
 from weightops.files.writer import appeared, check_target, part_name
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -55,7 +57,7 @@ def size_curve(points: Sequence[Mapping[str, Any]], path: Path, *, title: str, f
 
 
 def spectrum(found: Mapping[str, Any], path: Path, *, title: str, force: bool) -> None:
-    """The spectra of an adapter file, from its `inspect` document: singular values, energy, and norms beside weights'."""
+    """The spectra of an adapter file, from its `inspect` document: singular values, energy, norms beside weights'."""
     said = found["lora"]["spectrum"]
     modules = [m for m in said["modules"] if m["delta_norm"]]
     panels = 3 if said["relative"] is not None else 2
@@ -130,12 +132,14 @@ def _size_curve(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
         f"rank {whole['rank']}: {_plain(whole['bytes'] / 1e6)} MB, nothing cut ", (whole["bytes"] / 1e6, 1),
         xycoords=("data", "axes fraction"), ha="right", va="top", rotation=90, fontsize=8, color=_GREY,
     )  # fmt: skip
-    for point, at in zip(cut, same, strict=True):
-        axes.annotate(f"{point['rank']}", at, textcoords="offset points", xytext=(5, 5), fontsize=8, color=_BLUE)
+    for n, (point, at) in enumerate(zip(cut, same, strict=True)):
+        label = f"{point['rank']}" if n else f"rank {point['rank']}"
+        axes.annotate(label, at, textcoords="offset points", xytext=(5, 5), fontsize=8, color=_BLUE)
     axes.set(xlabel="size of the file (MB)", ylabel="relative error of all changes (%)")
     for axis in (axes.xaxis, axes.yaxis):
         _plain_ticks(axis)
-    axes.legend(loc="lower left")
+    if same:
+        axes.legend(loc="lower left")
 
 
 def _plain_ticks(axis: Any) -> None:
@@ -172,7 +176,7 @@ def _singular_values(axes: Axes, values: NDArray[Any]) -> None:
     from matplotlib.collections import LineCollection
 
     axes.set_title("singular values, relative to the largest of their module")
-    axes.set(xlabel="number", yscale="log")
+    axes.set(xlabel="number of the singular value", yscale="log")
     if not len(values):
         return
     relative = values / values[:, :1]
@@ -182,8 +186,8 @@ def _singular_values(axes: Axes, values: NDArray[Any]) -> None:
     axes.add_collection(LineCollection(lines, colors=_BLUE, linewidths=0.5, alpha=max(0.08, 5 / (len(lines) + 20))))
     axes.collections[-1].set_rasterized(True)  # hundreds of lines: as curves they would make a file of megabytes
     axes.plot(numbers, _quantiles(relative, 50)[0], color=_ORANGE, linewidth=2, label="median")
-    least = float(np.nanmin(relative))
-    axes.set_ylim(max(least * 0.8, 1e-7), 1.3)
+    least = float(np.nanpercentile(relative, 0.5))  # a few that are all but zero would press the rest together
+    axes.set_ylim(max(least * 0.5, 1e-7), 1.3)
     _ranks(axes, len(numbers))
     axes.legend(loc="lower left")
 
@@ -227,35 +231,43 @@ def _ranks(axes: Axes, most: int) -> None:
 
 
 def _relative(axes: Axes, said: Mapping[str, Any]) -> None:
-    """‖ΔW‖/‖W‖ of each module, in the order of the model, part by part."""
+    """‖ΔW‖/‖W‖ of each module, from the first of the model to the last, part by part."""
     rows = [(m["name"], 100 * m["relative"]) for m in said["modules"] if m["relative"]]
     rows.sort(key=lambda row: _natural(row[0]))
-    axes.set_title("‖ΔW‖ relative to ‖W‖, module by module")
-    axes.set(ylabel="%", yscale="log", xlim=(-1, max(len(rows), 1)))
-    axes.plot([value for _, value in rows], ".", color=_BLUE, markersize=4, alpha=0.7, markeredgewidth=0)
+    values = [value for _, value in rows]
     whole = 100 * said["relative"]
-    axes.axhline(whole, color=_ORANGE, linewidth=1.2, label=f"all together: {whole:.2g} %")
-    _plain_ticks(axes.yaxis)
-    axes.grid(visible=False, axis="x")
-    start, shared = 0, len(os.path.commonprefix([_part(name) for name, _ in rows]))
-    ticks, names = [], []
-    for n in range(1, len(rows) + 1):
-        if n < len(rows) and _part(rows[n][0]) == _part(rows[start][0]):
-            continue
-        if n - start >= 0.03 * len(rows):
-            ticks.append((start + n - 1) / 2)
-            names.append(_text(_part(rows[start][0])[shared:].strip("._") or "all modules"))
-        if n < len(rows):
-            axes.axvline(n - 0.5, color="#C8C8C8", linewidth=0.6)
-        start = n
-    axes.set_xticks(ticks, names, rotation=30, ha="right", fontsize=8)
-    axes.tick_params(axis="x", length=0)
-    axes.legend(loc="best")
+    axes.set_title("‖ΔW‖ relative to ‖W‖, module by module")
+    axes.set(xlabel=f"% (line: all together, {_plain(whole)} %)", ylim=(max(len(rows), 1), -1))
+    if values and max(values) > 10 * min(values):
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(0, 1.15 * max([*values, whole]))
+    axes.plot(values, range(len(values)), ".", color=_BLUE, markersize=5, alpha=0.7, markeredgewidth=0)
+    axes.axvline(whole, color=_ORANGE, linewidth=1.2)
+    _plain_ticks(axes.xaxis)
+    axes.grid(visible=False, axis="y")
+    _parts(axes, [_part(name) for name, _ in rows])
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _parts(axes: Axes, parts: Sequence[str]) -> None:
+    """Lines between the parts of a model, and the names of those that are large enough for one."""
+    shared = len(shared_start(parts))
+    ticks, names, start = [], [], 0
+    for part, group in itertools.groupby(parts):
+        count = len(list(group))
+        if start:
+            axes.axhline(start - 0.5, color="#C8C8C8", linewidth=0.6)
+        if count >= 0.04 * len(parts):
+            ticks.append(start + (count - 1) / 2)
+            names.append(_text(part[shared:] or "modules"))
+        start += count
+    axes.set_yticks(ticks, names, fontsize=8)
+    axes.tick_params(axis="y", length=0)
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
     """So that block 10 comes after block 9."""
-    return [(int(digits or 0), text) for text, digits in re.findall(r"(\D*)(\d{0,9})", name)]
+    return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d{0,9})", name)]
 
 
 def _part(name: str) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -106,7 +106,8 @@ def report(found: Report, *, verbose: bool) -> None:
     out = console()
     if found.summary:
         out.print(printable(found.summary), style="bold", soft_wrap=True)
-    if found.groups:
+    planned = "plan" in found.details
+    if found.groups and not planned:
         out.print()
         known = (
             "tensors", "merged", "fused", "cast", "copied", "split", "dropped",
@@ -117,7 +118,7 @@ def report(found: Report, *, verbose: bool) -> None:
         for group in found.groups:
             drawn.add_row(group["component"], *(f"{group[k]:,}" if group.get(k) else "-" for k in counts))
         out.print(drawn)
-    if "plan" in found.details:
+    if planned:
         _plan(out, found.details["plan"])
     else:
         _unused(out, found, verbose)
@@ -132,9 +133,9 @@ def report(found: Report, *, verbose: bool) -> None:
     out.print()
     for entry in found.inputs:
         hashed = f"  {entry['hash']}" if entry["hash"] and verbose else ""
-        verb = "would read " if found.dry_run else "read "
+        verb = "would read " if found.dry_run and not planned else "read "
         out.print(f"{verb:<7}{printable(entry['path'])}  {size(entry['bytes'])}{hashed}", soft_wrap=True)
-    if found.dry_run:
+    if found.dry_run and not planned:
         out.print(f"would write {printable(found.output or '')}  {size(found.bytes_written)}", soft_wrap=True)
         if undo is not None:
             most = size(undo["bytes_written"])
@@ -272,63 +273,78 @@ def inspection(found: Inspection, *, verbose: bool) -> None:
 
 def _spectrum(out: Console, said: Mapping[str, Any], verbose: bool) -> None:
     """The modules that change most, or all of them with -v, and the whole file."""
-    rows = said["modules"]
+    rows, relative = said["modules"], said["relative"] is not None
     most = max(row["rank"] for row in rows)
     ranks = [rank for rank in said["energy"] if int(rank) < most]
-    relative = said["relative"] is not None
     column = "relative" if relative else "delta_norm"
     shown = rows if verbose else sorted(rows, key=lambda row: -(row[column] or 0.0))[:_SHOWN]
-    energies = [f"% in {rank}" if rank == ranks[0] else rank for rank in ranks]
-    heads = ["rank", "effective", *energies, "‖ΔW‖", *(["of ‖W‖"] if relative else [])]
-    cells = [_numbers(row, f"{row['rank']:,}", ranks, relative) for row in shown]
-    total = _numbers(said, "", ranks, relative)
-    wide = sum(max(map(len, column)) + 2 for column in zip(heads, total, *cells, strict=True))
-    names = _fitted([printable(row["name"]) for row in shown], max(out.width - wide - 2, 20), whole=verbose)
+    if out.width < 100 and not verbose:
+        ranks = ranks[::2]  # for the names' sake
+    heads = ["rank", "effective", *(f"% in {r}" if r == ranks[0] else r for r in ranks), "‖ΔW‖"]
+    heads += ["of ‖W‖"] if relative else []
+    cells = [[f"{row['rank']:,}", f"{row['effective_rank']:.1f}", *_shares(row, ranks, relative)] for row in shown]
+    total = ["", "", *_shares(said, ranks, relative)]
+    wide = sum(max(map(len, values)) + 2 for values in zip(heads, total, *cells, strict=True))
+    names = fitted([printable(row["name"]) for row in shown], max(out.width - wide - 2, 20), whole=verbose)
     out.print()
     drawn = table("module", *heads, right=tuple(range(1, len(heads) + 1)))
     for name, values in zip(names, cells, strict=True):
         drawn.add_row(name, *values)
-    drawn.add_row("all, effective: median", *total, style="dim")
+    if len(rows) > 1:
+        drawn.add_row(f"all {len(rows):,}", *total, style="dim")
     out.print(drawn)
     if len(shown) < len(rows):
         out.print(f"(the {len(shown)} that change most; -v shows all {len(rows):,})", style="dim")
-    half = ", ".join(f"{100 * float(share):g} % of its energy in rank {rank}" for share, rank in said["rank_for"].items())
-    out.print(f"half of the modules have {half}", soft_wrap=True)
-    away = sum(row["weight_norm"] is None for row in rows)
-    if relative and away:
-        out.print(f"{modules(away)}: their weights are not in the base", style="yellow", soft_wrap=True)
-    reasons: dict[str, list[str]] = {}
-    for entry in said["left_out"]:
-        reasons.setdefault(entry["reason"], []).append(entry["name"])
-    for reason, left in reasons.items():
-        listed = ", ".join(map(quote, left)) if verbose else listing(left)
-        out.print(f"left out: {printable(reason)}: {listed}", style="yellow", soft_wrap=True)
+    needed = ", ".join(f"{100 * float(share):g} % in {rank:,}" for share, rank in said["rank_for"].items())
+    out.print()
+    out.print(f"medians: effective rank {said['effective_rank']:.1f}; of ‖ΔW‖², {needed} ranks", soft_wrap=True)
+    _left_out(out, said, verbose)
 
 
 _SHOWN = 20  # modules, unless all are asked for
 
 
-def _numbers(row: Mapping[str, Any], rank: str, ranks: Sequence[str], relative: bool) -> list[str]:
-    """The cells of a module, or of all."""
-    cells = [rank, f"{row['effective_rank']:.1f}"]
-    cells += [f"{100 * row['energy'][r]:.1f}" for r in ranks]
+def _shares(row: Mapping[str, Any], ranks: Sequence[str], relative: bool) -> list[str]:
+    """Energies and norms, of a module or of all."""
+    cells = [f"{100 * row['energy'][rank]:.1f}" for rank in ranks]
     cells.append(f"{row['delta_norm']:.3g}")
     if relative:
-        cells.append("-" if row["relative"] is None else f"{100 * row['relative']:.2g} %")
+        share = 100 * (row["relative"] or 0.0)
+        cells.append("-" if row["relative"] is None else f"{share:.1f} %" if share >= 1 else f"{share:.2g} %")
     return cells
 
 
-def _fitted(names: Sequence[str], width: int, *, whole: bool) -> list[str]:
+def _left_out(out: Console, said: Mapping[str, Any], verbose: bool) -> None:
+    """What has no spectrum, or no weight in the base."""
+    reasons: dict[str, list[str]] = {}
+    for entry in said["left_out"]:
+        reasons.setdefault(entry["reason"], []).append(entry["name"])
+    if said["relative"] is not None:
+        away = [row["name"] for row in said["modules"] if row["weight_norm"] is None]
+        reasons |= {"the base has no such weight": away} if away else {}
+    for reason, names in reasons.items():
+        listed = ", ".join(map(quote, names)) if verbose else listing(names)
+        out.print(f"{modules(len(names))}: {printable(reason)}: {listed}", style="yellow", soft_wrap=True)
+
+
+def fitted(names: Sequence[str], width: int, *, whole: bool) -> list[str]:
     """Names that are too long without what all begin with, and then without their middle."""
     if whole or max(map(len, names)) <= width:
         return list(names)
-    shared = os.path.commonprefix(list(names))
-    start = max(shared.rfind("_"), shared.rfind(".")) + 1
-    found = []
-    for name in (name[start:] for name in names):
-        tail = (width - 1) * 3 // 5
+    start, found = len(shared_start(names)), []
+    for name in (name[start:] or name for name in names):
+        tail = (width - 1) // 2
         found.append(name if len(name) <= width else f"{name[: width - 1 - tail]}…{name[-tail:]}")
     return found
+
+
+def shared_start(names: Sequence[str]) -> str:
+    """What different names all begin with, up to a dot or a low line."""
+    first, last = min(names, default=""), max(names, default="")
+    if first == last:
+        return ""
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    return first[: max(first.rfind("_", 0, same), first.rfind(".", 0, same)) + 1]
 
 
 def _dotted(out: Console, words: Iterable[str]) -> None:

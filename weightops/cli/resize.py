@@ -19,14 +19,18 @@ _METHODS = {"sv_ratio": "ratio", "sv_cumulative": "cumulative", "sv_fro": "fro"}
 
 @click.command("resize", short_help="Fewer ranks for a LoRA.")
 @click.argument("files", metavar="LORA…", nargs=-1, required=True)
-@click.option("--rank", metavar="R",
-              help="A number, or energy:0.98, error:0.02, size:32MiB, fro:0.99, ratio:10, cumulative:0.95, knee.")  # fmt: skip
+@click.option(
+    "--rank", metavar="R",
+    help="A number, or energy:0.98, error:0.02, size:32MiB, fro:0.99, ratio:10, cumulative:0.95, knee.",
+)  # fmt: skip
 @click.option("--conv-rank", metavar="R", help="Of convolutions larger than 1x1.  [default: as --rank]")
 @click.option("--max-rank", type=click.IntRange(1), metavar="N", help="The most that a rule gives a module.")
 @click.option("--max-conv-rank", type=click.IntRange(1), metavar="N",
               help="The most that it gives a convolution.  [default: as --max-rank]")  # fmt: skip
-@click.option("--base", metavar="CHECKPOINT",
-              help="The model it is for: makes DoRA, OFT … plain LoRA, and size: and error: weigh by its weights.")  # fmt: skip
+@click.option(
+    "--base", metavar="CHECKPOINT",
+    help="The model it is for: makes DoRA, OFT … plain LoRA, and size: and error: weigh by its weights.",
+)  # fmt: skip
 @click.option("--plan", is_flag=True, help="Write nothing; say what each size would cost in error.")
 @click.option("--plot", metavar="FILE.png", help="With --plan: the same as a picture.")
 @click.option("--new_rank", type=click.IntRange(1), metavar="N", help="sd-scripts' word for --rank, or --max-rank.")
@@ -96,7 +100,9 @@ def _translate(
     given = [word for word, value in words if value is not None]
     if not given:
         return
-    ours = [f"--{w.replace('_', '-')}" for w in ("rank", "conv_rank", "max_rank", "max_conv_rank") if rest[w] is not None]
+    ours = [
+        f"--{w.replace('_', '-')}" for w in ("rank", "conv_rank", "max_rank", "max_conv_rank") if rest[w] is not None
+    ]
     if ours:
         raise UsageError(given[0], f"says what {ours[0]} says, and both are there", "use the words of one tool")
     if method is not None:

@@ -5,19 +5,18 @@ Numbers only; ΔW is never built, but for signs, and then a band of it at a time
 
 from __future__ import annotations
 
-import math
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
-from weightops.lora.lowrank import CHUNK, LowRank, inner, wide
+from weightops.lora.lowrank import CHUNK, LowRank, add, gram_of, wide
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-# Singular values below this, of the largest, are no ranks: of factors in float32 or less, and in float64.
-_NO_RANK = 1e-6
-_NO_RANK_DOUBLE = 1e-12
+# Singular values below this, of the largest, are no directions: Gram matrices square it.
+_NO_RANK = 1e-4
 # Of the product of the factors' norms, squared: what the squared norm of factors that cancel may be off by.
 _ROUNDING = 1e-14
 
@@ -33,71 +32,74 @@ class SignConflicts(NamedTuple):
     weighted: float
 
 
+class Meeting(NamedTuple):
+    """Changes of one shape: the inner products of every two, and the angles between the column spaces of a < b.
+
+    angles: in radians, smallest first, as many as the smaller rank has.
+    """
+
+    gram: list[list[float]]
+    angles: dict[tuple[int, int], tuple[float, ...]]
+
+
 def gram(parts: Sequence[LowRank]) -> list[list[float]]:
     """<Δi, Δj> of every two of changes of one shape. The square of a change whose factors cancel is zero."""
-    rows = [[0.0] * len(parts) for _ in parts]
-    for i, a in enumerate(parts):
-        rows[i][i] = _square(a)
-        for j, b in enumerate(parts[:i]):
-            rows[i][j] = rows[j][i] = inner(a, b)
-    return rows
+    left, right = _grams(parts)
+    return _inner(parts, left, right)
 
 
-def cosine(a: LowRank, b: LowRank) -> float:
-    """<ΔA, ΔB> / (‖ΔA‖ ‖ΔB‖), in -1..1; 0 where one of the two is zero."""
-    (aa, ab), (_, bb) = gram([a, b])
-    return max(-1.0, min(ab / math.sqrt(aa) / math.sqrt(bb), 1.0)) if aa > 0 and bb > 0 else 0.0
+def meeting(parts: Sequence[LowRank]) -> Meeting:
+    """How changes of one shape lie to each other, from the Gram matrices of all their factors; ΔW is never built.
 
-
-def predicted_strengths(parts: Sequence[LowRank]) -> tuple[float, ...]:
-    """Of each change, <ΣΔ, Δi> / ‖Δi‖²: at 1 it acts in the sum as strongly as alone, at 0 not at all, below against.
-
-    A change that is zero acts as alone: 1.
-    """
-    return tuple(math.fsum(row) / row[i] if row[i] > 0 else 1.0 for i, row in enumerate(gram(parts)))
-
-
-def _square(a: LowRank) -> float:
-    """‖ΔA‖², zero where it is no more than rounding."""
-    import torch
-
-    found = inner(a, a)
-    factors = [float(torch.linalg.vector_norm(f, dtype=torch.float64)) for f in (a.up, a.down)]
-    return found if found > _ROUNDING * (factors[0] * factors[1]) ** 2 else 0.0
-
-
-def principal_angles(a: LowRank, b: LowRank) -> tuple[float, ...]:
-    """The angles between the column spaces of ΔA and ΔB, in radians, smallest first; as many as the smaller rank.
-
-    Of the products, not of `up` alone: ranks that `down` lacks are not there. An angle's cosine tells it to 1e-8 at
-    best where it is small, its sine where it is large: each is taken where it tells more.
-    Takes float64 copies of one change's factors at a time, and orthonormal bases like both `up`.
-    Source: Björck & Golub 1973; Knyazev & Argentati 2002, algorithm 3.1.
+    The column spaces are those of the products, not of `up` alone, without what is below 1e-4 of their largest singular
+    value. Angles are right to about 1e-6.
+    Source: Björck & Golub 1973 (cosines as singular values).
     """
     import torch
 
-    if a.shape[0] != b.shape[0]:
-        raise ValueError(f"columns of {a.shape[0]} and of {b.shape[0]} rows")
-    many, few = sorted((_column_space(a), _column_space(b)), key=lambda basis: -basis.shape[1])
-    shared = many.mT @ few
-    cosines = torch.linalg.svdvals(shared).clamp(0, 1)
-    sines = torch.linalg.svdvals(few - many @ shared).clamp(0, 1).flip(0)
-    angles = torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
-    return tuple(angles.tolist())
+    left, right = _grams(parts)
+    ends = list(itertools.accumulate(part.rank for part in parts))
+    own = [slice(end - part.rank, end) for part, end in zip(parts, ends, strict=True)]
+    spaces = [_column_space(left[at, at], right[at, at]) for at in own]
+    angles = {}
+    for i, j in itertools.combinations(range(len(parts)), 2):
+        cosines = torch.linalg.svdvals(spaces[i].mT @ left[own[i], own[j]] @ spaces[j]).clamp(0, 1)
+        angles[i, j] = tuple(cosines.acos().tolist())
+    return Meeting(_inner(parts, left, right), angles)
 
 
-def _column_space(a: LowRank) -> Tensor:
-    """An orthonormal basis [out, rank] of ΔA's columns, in float64; of the numerical rank."""
+def _grams(parts: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
+    """All columns of `up`, and all rows of `down`, with each other, in float64."""
+    whole = add(*parts)
+    return tuple(gram_of(factor[None], CHUNK // 4)[0] for factor in (whole.up, whole.down.mT))  # type: ignore[return-value]
+
+
+def _inner(parts: Sequence[LowRank], left: Tensor, right: Tensor) -> list[list[float]]:
+    ends = list(itertools.accumulate(part.rank for part in parts))
+    own = [slice(end - part.rank, end) for part, end in zip(parts, ends, strict=True)]
+    found = [[0.0] * len(parts) for _ in parts]
+    there = []
+    for i, a in enumerate(own):
+        square = float((left[a, a] * right[a, a]).sum())
+        if square <= _ROUNDING * float(left[a, a].trace() * right[a, a].trace()):
+            continue
+        found[i][i] = square
+        for j, b in there:
+            found[i][j] = found[j][i] = float((left[a, b] * right[a, b]).sum())
+        there.append((i, a))
+    return found
+
+
+def _column_space(left: Tensor, right: Tensor) -> Tensor:
+    """By which `up` is multiplied to have an orthonormal basis of ΔW's columns: [rank, numerical rank]."""
     import torch
 
-    basis, left = torch.linalg.qr(a.up.double())
-    right = torch.linalg.qr(a.down.mT.double(), mode="r").R
-    vectors, values, _ = torch.linalg.svd(left @ right.mT, full_matrices=False)
-    least = _NO_RANK_DOUBLE if torch.float64 in (a.up.dtype, a.down.dtype) else _NO_RANK
-    sizes = values.tolist()
-    # Not beside the largest alone: of factors that cancel, it is rounding itself.
-    limit = max(least * max(sizes, default=0.0), 1e-15 * len(sizes) * float(left.norm() * right.norm()))
-    found: Tensor = basis @ vectors[:, : sum(1 for v in sizes if v > limit)]
+    weights, vectors = torch.linalg.eigh(right)
+    root = vectors * weights.clamp_min(0).sqrt()
+    squares, turned = torch.linalg.eigh(root.mT @ left @ root)
+    largest = max(float(squares[-1]), 0.0) if len(squares) else 0.0
+    there = squares > max(_NO_RANK**2 * largest, _ROUNDING * float(left.trace() * right.trace()))
+    found: Tensor = root @ turned[:, there] / squares[there].sqrt()
     return found
 
 

@@ -206,10 +206,26 @@ def _agrees(shape: Shape, row: tuple[int | None, ...]) -> bool:
     return len(row) == len(shape) and all(w is None or s in (w, -1) for w, s in zip(row, shape, strict=True))
 
 
+# Convolutions of UNets, by the ends of their names: of their sizes, tables have few.
+_KERNELS = (
+    ("conv_in", (3, 3)),
+    ("conv_out", (3, 3)),
+    ("conv1", (3, 3)),
+    ("conv2", (3, 3)),
+    ("conv_shortcut", (1, 1)),
+    ("downsamplers.0.conv", (3, 3)),
+    ("upsamplers.0.conv", (3, 3)),
+)
+
+
 def unflattened(shape: Shape, name: str, component: Component) -> Shape:
-    """The shape of a module's weight, given as a matrix, with the kernel that the architecture's sizes tell of it."""
-    variants = NETWORKS.get(component.network).variants
-    return _as_wanted(shape, [row_of(f"{name}.weight", v.shapes) for v in variants])
+    """The shape of a module's weight, given as a matrix, with the kernel that the architecture tells of it."""
+    network = NETWORKS.get(component.network)
+    found = _as_wanted(shape, [row_of(f"{name}.weight", v.shapes) for v in network.variants])
+    kernel = next((k for end, k in _KERNELS if f".{name}".endswith(f".{end}")), None)
+    if len(found) > 2 or network.role != "unet" or kernel is None or shape[1] % math.prod(kernel):
+        return found
+    return (shape[0], shape[1] // math.prod(kernel), *kernel)
 
 
 def _as_wanted(shape: Shape, wanted: Sequence[tuple[int | None, ...] | None]) -> Shape:

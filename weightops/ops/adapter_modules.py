@@ -138,8 +138,8 @@ def modules_of(
     """What of the file can be cut to a rank, and what goes along.
 
     base: makes plain LoRAs of what depends on its weights (DoRA, OFT, GLoRA, IA3, set weights). frames: find every
-    module's weight in it. plain: a magnitude is not kept; without a base it cannot be dropped either (reported as
-    uncut). Raises FormatError, MismatchError.
+    module's weight in it. plain: no magnitude is kept (it is reported as uncut, without a base), nor a Tucker core.
+    Raises FormatError, MismatchError.
     """
     if base is not None and found.architecture not in (None, base.architecture):
         raise MismatchError(
@@ -188,7 +188,7 @@ def _module(
     specs = {key: own.opened.tensors[key].spec for key in keys.values()}
     parts = sources(adapter, specs)
     shape = family.shape(adapter.shapes)
-    if not family.changes_weight(keys) or (shape is not None and len(shape) < 2 and family.delta is not None):
+    if not family.changes_weight(keys) or (shape is not None and len(shape) < 2):
         own.kept += [Kept(key) for key in keys.values()]
         return None
     form = family.form(keys) or ()
@@ -198,13 +198,17 @@ def _module(
     if depends and base is not None:
         frame = base.frame(adapter)
         rest = {part: s for part, s in parts.items() if part not in family.of_bias}
-        own.kept += [Kept(keys[part]) for part in keys if part in family.of_bias]
+        biases = [part for part in keys if part in family.of_bias]
+        own.kept += [Kept(keys[part]) for part in biases]
         whole = (sum(slot.spec.rows for slot in frame), *frame[0].spec.shape[1:])
-        term = Term(0, adapter.name, family, rest, alpha, told, 1.0, whole, frame=frame, base=base.number)
+        # lora_up's bias is multiplied by alpha / rank, and so cannot stand alone, nor beside another strength.
+        bound = {part: adapter.shapes[part] for part in biases if part in family.optional}
+        scale = (family.scale(Description(adapter.shapes, alpha, told)) or 1.0) if bound else 1.0
+        term = Term(0, adapter.name, family, rest, alpha, told, 1 / scale, whole, frame=frame, base=base.number)
         return Module(Sum(adapter.name, (term,), whole), component, _names(own, adapter, endings),
-                      dtype_of(parts), adapter.body)  # fmt: skip
+                      dtype_of(parts), adapter.body, scale, kept=bound)  # fmt: skip
     if family.delta is None or (dora and (plain or family.lowrank is None)):
-        why = "it has a magnitude (DoRA)" if dora and family.delta is not None else f"a {family.name}"
+        why = "it has a magnitude (DoRA)" if dora and family.delta is not None else f"its family is {family.name}"
         own.kept += [Kept(key, f"{why}, whose change depends on the model's weights") for key in keys.values()]
         return None
     assert shape is not None
@@ -217,7 +221,7 @@ def _module(
     own.kept += [Kept(key) for key in along.values()]
     scale = family.scale(Description(adapter.shapes, alpha, told))
     term = Term(0, adapter.name, family, mine, alpha, told, 1.0, shape, apart=True)
-    is_lora = family.name == "lora"
+    is_lora = family.name == "lora" and not (plain and "mid" in mine)
     stored = {part: key for part, key in keys.items() if part in mine or part == "alpha"} if is_lora else {}
     return Module(
         Sum(adapter.name, (term,), shape), component, _names(own, adapter, endings) | dict(stored), dtype_of(parts),

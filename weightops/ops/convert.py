@@ -14,7 +14,15 @@ from weightops.files.checkpoint import Checkpoint, open_checkpoint
 from weightops.files.folder import shards
 from weightops.lora.dialects import DIALECTS
 from weightops.naming.identify import family_of, identify
-from weightops.ops.convert_adapter import Words, check_kind, check_words_of_adapters, convert_adapter
+from weightops.ops.convert_adapter import (
+    TO_LORA,
+    LoraWish,
+    Words,
+    check_kind,
+    check_words_of_adapters,
+    convert_adapter,
+    convert_to_lora,
+)
 from weightops.ops.folders import open_like
 from weightops.ops.layout import LAYOUTS, Way, Wish, plan_layout
 from weightops.ops.prediction import KINDS
@@ -43,12 +51,16 @@ def convert(
     no_tokenizer: bool = False,
     prediction: str | None = None,
     alpha: str = "carry",
+    rank: int | str | None = None,
+    conv_rank: int | str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    seed: int = 0,
     architecture: str | None = None,
     check: bool = False,
     verify: bool = False,
     strict: bool = False,
     allow_nonfinite: bool = False,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     threads: int | None = None,
     device: str = "auto",
     force: bool = False,
@@ -58,7 +70,9 @@ def convert(
     """Write the tensors of `path` in another layout, or under the names that they have (output None: named after it).
 
     to: of a checkpoint diffusers (a folder, with its settings), original or comfy (a file); of a LoRA kohya, diffusers,
-    peft (a folder), comfy or onetrainer. alpha: of a LoRA, "carry" it to where the dialect keeps it, or "fold" it into
+    peft (a folder), comfy or onetrainer; lora, of which every family becomes one, under the file's own names: exactly
+    where its algebra allows, else at `rank` and `conv_rank` (see `resize`), with `base`, the model that the file is
+    for, where its change depends on that. alpha: of a LoRA, "carry" it to where the dialect keeps it, or "fold" it into
     the factors; architecture: which one a LoRA is for, where its names and sizes fit several. dtype: keep, or what
     floating tensors become; drop: components to leave out; shard_size: bytes of tensors a file, in a folder of files.
     like: a folder whose settings and tokenizers are taken; prediction: what the model predicts. check: read the output
@@ -68,6 +82,9 @@ def convert(
     check_words(dtype, drop)
     _check_words(to, prediction, shard_size, like=like is not None, no_tokenizer=no_tokenizer)
     check_words_of_adapters(alpha, architecture)
+    for option, given in (("--rank", rank), ("--conv-rank", conv_rank), ("--base", base), ("--seed", seed or None)):
+        if given is not None and to != TO_LORA:
+            raise UsageError(option, "says something only with --to lora")
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(open_checkpoint(path))
         if not opened.tensors:
@@ -79,9 +96,14 @@ def convert(
             "--shard-size": shard_size is not None, "--drop": bool(set(drop) - {"text_encoder"}),
         }  # fmt: skip
         check_kind(opened.label, identity.kind, to, of_checkpoints, words)
+        if identity.kind == "lora" and to == TO_LORA:
+            return convert_to_lora(
+                opened, words, LoraWish(rank, conv_rank, base, seed), output, memory=memory, device=device,
+                threads=threads, force=force, dry_run=dry_run, check=verify, on_progress=on_progress,
+            )  # fmt: skip
         if identity.kind == "lora" and to is not None:
             return convert_adapter(
-                opened, words, output, memory=memory, device=device, threads=threads, force=force, dry_run=dry_run,
+                opened, words, output, memory=memory or DEFAULT_MEMORY, device=device, threads=threads, force=force, dry_run=dry_run,
                 check=verify, on_progress=on_progress,
             )  # fmt: skip
         wish = Wish(
@@ -95,7 +117,7 @@ def convert(
             _refuse_casts(planned.account, dtype)
         written = _named(output, opened, planned, to)
         report = produce(
-            "convert", planned, written, memory=memory, device=device, threads=threads, force=force,
+            "convert", planned, written, memory=memory or DEFAULT_MEMORY, device=device, threads=threads, force=force,
             dry_run=dry_run, check=verify, on_progress=on_progress,
         )  # fmt: skip
         if check and not dry_run:
@@ -158,7 +180,7 @@ def _check_words(
     to: str | None, prediction: str | None, shard_size: int | None, *, like: bool, no_tokenizer: bool
 ) -> None:
     """Refuse unknown words, and those that mean nothing together."""
-    known = dict.fromkeys([*LAYOUTS, *DIALECTS])
+    known = dict.fromkeys([*LAYOUTS, *DIALECTS, TO_LORA])
     if to is not None and to not in known:
         raise UsageError("--to", f"unknown layout {quote(to)}", f"known are {', '.join(known)}")
     if prediction is not None and prediction not in KINDS:

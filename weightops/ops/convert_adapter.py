@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from weightops.errors import Interrupted, MismatchError, UsageError, listing, quote
+from weightops.files.checkpoint import open_checkpoint
 from weightops.lora.dialects import DIALECTS
+from weightops.lora.rank import rules_for
 from weightops.naming.keymap import ARCHITECTURES
 from weightops.ops.adapter_check import check_adapters
+from weightops.ops.adapter_modules import Base, modules_of, read_own
+from weightops.ops.cutting import Cutting
 from weightops.ops.dialect import plan_dialect
 from weightops.ops.layout import LAYOUTS
-from weightops.ops.produce import named, produce, stem
-from weightops.ops.report import tensors
+from weightops.ops.produce import Bar, named, produce, stem
+from weightops.ops.report import modules, tensors
+from weightops.ops.resize import Own, check_own
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
+    from weightops.engine.run import Progress
     from weightops.files.checkpoint import Checkpoint
     from weightops.ops.report import Report
+
+# The target of every adapter family.
+TO_LORA = "lora"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWish:
+    """What was asked of --to lora beside: how near (None: exactly), the model that the file is for."""
+
+    rank: int | str | None
+    conv_rank: int | str | None
+    base: str | os.PathLike[str] | None
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +86,54 @@ def convert_adapter(opened: Checkpoint, words: Words, output: str | os.PathLike[
     return report
 
 
+def convert_to_lora(
+    opened: Checkpoint, words: Words, wish: LoraWish, output: str | os.PathLike[str] | None, *, check: bool,
+    memory: int | None, force: bool, dry_run: bool, on_progress: Progress, **running: Any,
+) -> Report:  # fmt: skip
+    """An adapter file whose every module is a plain LoRA, under the file's own names.
+
+    LoRAs stay as they are. Of other families the product is exact (LoHa, LoKr, Tucker cores), unless a rank says less;
+    what has none (whole differences, and what depends on the model's weights, for which a base is needed) is factorised
+    at that rank. Raises UsageError, MismatchError.
+    """
+    if words.drop or words.check:
+        given = "--drop" if words.drop else "--check"
+        raise UsageError(given, "says nothing with --to lora", None if words.drop else "--verify does what can be done")
+    if words.alpha != "carry":
+        raise UsageError("--alpha", "says nothing with --to lora: the strength stays where it is")
+    found = read_own(opened, architecture=words.architecture)
+    with contextlib.ExitStack() as stack:
+        base = None if wish.base is None else Base.of(stack.enter_context(open_checkpoint(wish.base)), 1)
+        own = modules_of(opened, found, base=base, plain=True)
+        if own.uncut:
+            first = own.uncut[0]
+            what = f"{len(own.uncut):,} tensors cannot become a LoRA: {quote(first.key)}, {first.reason}"
+            raise MismatchError(opened.label, what, "--base CHECKPOINT, the model that the file is for, makes it one")
+        check_own(own, base=base is not None, strict=words.strict)
+        made = [m for m in own.modules if m.stored_rank is None]
+        if not made:
+            raise UsageError(
+                "--to", f"{opened.label} is plain LoRA already: nothing to convert", "resize cuts its ranks"
+            )
+        inexact = [m for m in made if not m.of.is_product]
+        if inexact and wish.rank is None:
+            what = f"found none, and {modules(len(inexact))} have no exact factors: {quote(inexact[0].of.name)}"
+            raise UsageError("--rank", what, "--rank 64 or error:0.01 says how near they are to be")
+        if wish.rank is None and wish.conv_rank is not None:
+            raise UsageError("--conv-rank", "stands with --rank")
+        rule, conv_rule = (None, None) if wish.rank is None else rules_for(wish.rank, wish.conv_rank)
+        sources = (opened,) if base is None else (opened, base.opened)
+        said: dict[str, Any] = {"to": "lora", "seed": wish.seed}
+        said |= {k: str(v) for k, v in (("rank", wish.rank), ("conv_rank", wish.conv_rank)) if v is not None}
+        target = named(output, stem(opened), "-lora")
+        target = target.with_suffix("") if output is None and own.is_folder else target
+        work = Cutting(
+            "convert", Own(own, sources, "convert", words.dtype, said), own.modules, sources, target, rule, conv_rule,
+            words.dtype, wish.seed, memory, running, Bar(on_progress), force, spares=True,
+        )  # fmt: skip
+        return work.write(dry_run=dry_run, verify=check)
+
+
 def check_kind(label: str, kind: str, to: str | None, of_checkpoints: Mapping[str, bool], words: Words) -> None:
     """Refuse words that mean nothing for this kind of file."""
     of_adapters = [
@@ -74,15 +142,17 @@ def check_kind(label: str, kind: str, to: str | None, of_checkpoints: Mapping[st
         if given
     ]
     if kind != "lora":
+        if to == TO_LORA:
+            raise UsageError("--to", f"{label} is no adapter file", "extract makes a LoRA of a finetune and its base")
         if to is not None and to not in LAYOUTS:
             what = f"{label} is no LoRA, and {to} is a dialect of LoRAs"
             raise UsageError("--to", what, f"known are {', '.join(LAYOUTS)}")
         for option in of_adapters:
             raise UsageError(option, f"says something only of a LoRA, and {label} is none")
         return
-    if to is not None and to not in DIALECTS:
+    if to is not None and to not in (*DIALECTS, TO_LORA):
         what = f"{label} is a LoRA, and {to} is a layout of checkpoints"
-        raise UsageError("--to", what, f"known are {', '.join(DIALECTS)}")
+        raise UsageError("--to", what, f"known are {', '.join([*DIALECTS, TO_LORA])}")
     for option, given in of_checkpoints.items() if to is not None else []:
         if given:
             raise UsageError(option, f"says something only of a checkpoint, and {label} is a LoRA")

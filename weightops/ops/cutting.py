@@ -43,7 +43,8 @@ class File(Protocol):
 class Cutting:
     """Modules on their way to a file of LoRAs.
 
-    rule, conv_rule: None: each module keeps the largest rank that comes in. frames: where each module's weight is in a
+    rule, conv_rule: None: each module keeps the largest rank that comes in. spares: those that are LoRAs already keep
+    their ranks, whatever the rule. frames: where each module's weight is in a
     base, by which `size:` and `error:` weigh; empty: they do not.
     """
 
@@ -60,6 +61,7 @@ class Cutting:
     running: Mapping[str, Any]
     bar: Bar
     force: bool = False
+    spares: bool = False
     frames: Mapping[str, Sequence[Slot]] = field(default_factory=dict)
     bytes_read: int = 0
     given: list[Spectrum] = field(default_factory=list)
@@ -67,7 +69,10 @@ class Cutting:
     @property
     def scanned(self) -> bool:
         """Do the data decide the ranks?"""
-        return any(self.rule_of(m).kind != "rank" for m in self.modules)
+        return any(self.rule_of(m).kind != "rank" for m in self.modules if not self._is_spared(m))
+
+    def _is_spared(self, module: Module) -> bool:
+        return self.spares and module.stored_rank is not None
 
     def rule_of(self, module: Module) -> RankRule:
         given = self.conv_rule if module.of.is_convolution else self.rule
@@ -99,13 +104,21 @@ class Cutting:
 
     def ranks(self, given: Sequence[Spectrum]) -> list[int]:
         """A rank for each module. given: none, where numbers alone decide."""
-        sizes = [(m.of.out, m.of.n) for m in self.modules]
-        rules = [self.rule_of(m) for m in self.modules]
+        found = [m.rank_before for m in self.modules]
+        asked = [n for n, m in enumerate(self.modules) if not self._is_spared(m)]
+
+        def whole(ranks: Sequence[int]) -> list[int]:
+            for n, rank in zip(asked, ranks, strict=True):
+                found[n] = rank
+            return found
+
+        sizes = [(self.modules[n].of.out, self.modules[n].of.n) for n in asked]
+        rules = [self.rule_of(self.modules[n]) for n in asked]
         if not given:
-            found = [r.most(*size) for r, size in zip(rules, sizes, strict=True)]
+            ranks = [rule.most(*size) for rule, size in zip(rules, sizes, strict=True)]
         else:
-            found = ranks_for(rules, given, sizes, self.size_of)
-        return [m.settled(rank) for m, rank in zip(self.modules, found, strict=True)]
+            ranks = ranks_for(rules, [given[n] for n in asked], sizes, lambda ranks: self.size_of(whole(ranks)))
+        return [m.settled(rank) for m, rank in zip(self.modules, whole(ranks), strict=True)]
 
     def size_of(self, ranks: Sequence[int]) -> int:
         """The bytes of the file that these ranks make."""
@@ -135,8 +148,7 @@ class Cutting:
 
     def write(self, *, dry_run: bool, verify: bool) -> Report:
         """The whole work, or with `dry_run` what it would be."""
-        rules = [(m, self.rule_of(m)) for m in self.modules]
-        least = [m.settled(r.most(m.of.out, m.of.n) if r.kind == "rank" else 1) for m, r in rules]
+        least = self.ranks([]) if not self.scanned else [m.settled(1) for m in self.modules]
         planned, _ = self.planned(least)
         memory = memory_for(planned.plan, self.memory)
         told = self.produce(planned, dry_run=True, memory=memory, force=self.force)  # refuses what headers tell
@@ -173,7 +185,7 @@ class Cutting:
 
     def _foretold(self) -> Report:
         """The report of a dry run, with the largest ranks that there can be."""
-        planned, _ = self.planned([m.settled(self.rule_of(m).most(m.of.out, m.of.n)) for m in self.modules])
+        planned, _ = self.planned(self.ranks([]))
         planned.warnings.append(
             f"the size is the largest that it can be: what --rank {self._said} keeps depends on the data"
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from weightops.errors import ValueRefused, quote
 from weightops.lora.factorise import factorise_many, factorise_nbytes, noise_floor, spectrum
-from weightops.lora.lowrank import Factorised, LowRank, norm
+from weightops.lora.lowrank import Factorised, LowRank
 from weightops.lora.rank import Spectrum
 from weightops.merging.method import WORKING_VALUES, store
 from weightops.merging.rounding import generator_for
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Rows of which the rounding noise of a matrix is estimated.
 _NOISE_ROWS = 64
 _BAND = 1 << 20  # values that are subtracted at a stroke
+_DISTANCE_BAND = 1 << 18  # of factors, in float64
 
 
 class Weight(Protocol):
@@ -125,8 +126,8 @@ def spectra_nbytes(weight: Weight) -> int:
 
 
 def distance_nbytes(out: int, n: int, rank: int) -> int:
-    """Of `distance`: six float64 copies of the factors, three products of twice the rank."""
-    return 16 * _BAND + 48 * rank * (out + n) + 96 * rank * rank
+    """Of `distance`: bands of both factors, three products of twice the rank."""
+    return 48 * min(_DISTANCE_BAND, rank * (out + n)) + 96 * rank * rank
 
 
 def _floor_nbytes(weight: Weight) -> int:
@@ -204,12 +205,24 @@ def distance(best: LowRank, written: LowRank) -> float:
     (U + dU)(D + dD) − UD = dU·D + U·dD + dU·dD; what the best factors leave is orthogonal to the first two, and the
     third is of the second order, so that squares add up.
     """
+    count = best.rank
+    left = _gram_with_error(best.up, written.up[:, :count])
+    right = _gram_with_error(best.down.mT, written.down[:count].mT, of_written=True)
+    return math.sqrt(max(float((left * right).sum()), 0.0))
+
+
+def _gram_with_error(best: Tensor, written: Tensor, *, of_written: bool = False) -> Tensor:
+    """The Gram matrix, in float64, of [error, best] side by side; or of [written, error]."""
     import torch
 
-    count = best.rank
-    up, down = written.up[:, :count].double(), written.down[:count].double()
-    left, right = up - best.up.double(), down - best.down.double()
-    return norm(LowRank(torch.cat([left, best.up.double()], 1), torch.cat([down, right], 0)))
+    width = best.shape[1]
+    found = best.new_zeros(2 * width, 2 * width, dtype=torch.float64)
+    height = max(1, _DISTANCE_BAND // max(2 * width, 1))
+    for row in range(0, len(best), height):
+        given, made = best[row : row + height].double(), written[row : row + height].double()
+        both = torch.cat([made, made - given] if of_written else [made - given, given], 1)
+        found.addmm_(both.mT, both)
+    return found
 
 
 def residual(delta: Tensor, written: LowRank) -> float:

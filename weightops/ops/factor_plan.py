@@ -94,10 +94,7 @@ class Module:
 
     def joins(self, rank: int) -> bool:
         """Are its terms' own factors written, side by side? Where nothing is cut, that is exact."""
-        of = self.of
-        if self.is_particular or not of.is_product or any(t.apart for t in of.terms):
-            return False
-        return self.scale == 1 and rank >= sum(t.product_rank for t in of.terms)
+        return not self.is_particular and rank >= self.of.most
 
     def alpha(self, rank: int) -> float:
         """The alpha that makes alpha / rank the scale, as a float32 holds it."""
@@ -203,7 +200,7 @@ def _slots(
         tensors = sources[module.of.terms[0].source].tensors
         for part in module.of.terms[0].parts:
             spec = tensors[module.stored[part]].spec
-            parts[part] = module.written(dtype, spec.shape)
+            parts[part] = becomes(spec, dtype)
     elif module.is_whole(rank):
         parts["diff"] = module.written(dtype, module.of.shape)
     else:
@@ -225,7 +222,7 @@ def _compute(group: Sequence[Module], rank: int, seed: int) -> tuple[Any, int]:
     if first.peer is not None:
         return as_peer(first.of, concat=first.peer == "concat"), joined_nbytes(first.of)
     if first.joins(rank):
-        return joined(first.of), joined_nbytes(first.of)
+        return joined(first.of, scale=first.scale), joined_nbytes(first.of)
     compute = cut([m.of for m in group], rank, scales=[m.scale for m in group], seed=seed)
     return compute, len(group) * cut_nbytes(first.of, rank)
 

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightops.lora.lowrank import LowRank
-from weightops.lora.overlap import gram, principal_angles, sign_conflicts
+from weightops.lora.overlap import meeting, sign_conflicts
 from weightops.ops.sums import Sum, by_file
 from weightops.plan import Grain, Task
 
@@ -18,18 +18,21 @@ if TYPE_CHECKING:
     from weightops.files.checkpoint import Checkpoint
     from weightops.plan import Block
 
-_ROWS = 64  # of which signs are compared
+_ROWS = 16  # of which signs are compared
 
 
 class Pair(NamedTuple):
     """Two files in one module. angles: the smallest principal one between their column spaces, and the mean of the
-    squared cosines of all; None: of a change that has no factors. conflicts: the share of values of opposite signs."""
+    squared cosines of all; None: of a change that has no factors. conflicts: the share of values of opposite signs;
+    cancelled: of what they have in common, value by value, the share that has opposite signs.
+    """
 
     a: int
     b: int
     smallest_angle: float | None
     shared: float | None
     conflicts: float
+    cancelled: float
 
 
 class Met(NamedTuple):
@@ -60,8 +63,9 @@ def _met(of: Sum) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], Met]:
         files, changes = tuple(parts), list(parts.values())
         products = [part for part in changes if isinstance(part, LowRank)]
         rows = sorted({of.out * n // min(_ROWS, of.out) for n in range(min(_ROWS, of.out))})
+        angles: dict[tuple[int, int], tuple[float, ...]] = {}
         if len(products) == len(changes):
-            inner = gram(products)
+            inner, angles = meeting(products)
         else:
             changes = [part.dense() if isinstance(part, LowRank) else part for part in changes]
             flat = [part.flatten().double() for part in changes if not isinstance(part, LowRank)]
@@ -71,17 +75,19 @@ def _met(of: Sum) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], Met]:
             for j in range(i + 1, len(files)):
                 a, b = changes[i], changes[j]
                 if isinstance(a, LowRank) and isinstance(b, LowRank):
-                    angles = principal_angles(a, b)
-                    shared = math.fsum(math.cos(angle) ** 2 for angle in angles) / len(angles) if angles else 0.0
-                    smallest = min(angles) if angles else None
-                    pairs.append(Pair(files[i], files[j], smallest, shared, sign_conflicts(a, b, rows).share))
+                    found = angles[i, j]
+                    shared = math.fsum(math.cos(angle) ** 2 for angle in found) / len(found) if found else 0.0
+                    smallest = found[0] if found else None
+                    pairs.append(Pair(files[i], files[j], smallest, shared, *sign_conflicts(a, b, rows)))
                 else:
                     assert not isinstance(a, LowRank)
                     assert not isinstance(b, LowRank)
                     signs = a[rows].sign() * b[rows].sign()
-                    both = int(signs.abs().sum())
+                    smaller = torch.minimum(a[rows].abs(), b[rows].abs())
+                    both, common = int(signs.abs().sum()), float(smaller.sum(dtype=torch.float64))
                     share = int((signs < 0).sum()) / both if both else 0.0
-                    pairs.append(Pair(files[i], files[j], None, None, share))
+                    lost = float(smaller[signs < 0].sum(dtype=torch.float64)) / common if common else 0.0
+                    pairs.append(Pair(files[i], files[j], None, None, share, lost))
         return Met(files, inner, pairs)
 
     return compute
@@ -91,8 +97,9 @@ def interference(met: Mapping[str, Met], weights: Sequence[float], names: Sequen
     """The report: per module and over all of them, for files of these weights and names.
 
     Each pair's cosine; the smallest principal angle between their column spaces, in degrees, and how much of these they
-    share (mean squared cosine); how many of their values have opposite signs. `strengths`: how strongly each acts in
-    the weighted sum, 1 as if it were alone: ⟨Σ wⱼΔⱼ, wᵢΔᵢ⟩ / ‖wᵢΔᵢ‖².
+    share (mean squared cosine); how many of their values have opposite signs, and how much of what they have in common
+    is cancelled by that (both of a sample of rows). `strengths`: how strongly each acts in the weighted sum, 1 as if it
+    were alone: ⟨Σ wⱼΔⱼ, wᵢΔᵢ⟩ / ‖wᵢΔᵢ‖².
     """
     rows = []
     count = len(names)
@@ -129,8 +136,14 @@ def _pair(pair: Pair, found: Met, names: Sequence[str], weights: Sequence[float]
         "cosine": _cosine(found.gram[i][j], found.gram[i][i], found.gram[j][j], both),
         "smallest_angle": None if pair.smallest_angle is None else math.degrees(pair.smallest_angle),
         "shared": pair.shared,
-        "sign_conflicts": pair.conflicts if both > 0 else 1 - pair.conflicts if both < 0 else 0.0,
+        "sign_conflicts": _of_weighted(pair.conflicts, both),
+        "cancelled": _of_weighted(pair.cancelled, both),
     }  # fmt: skip
+
+
+def _of_weighted(share: float, sign: float) -> float:
+    """A share of opposite signs, of changes whose weights have a product of this sign."""
+    return share if sign > 0 else 1 - share if sign < 0 else 0.0
 
 
 def _cosine(inner: float, a: float, b: float, sign: float) -> float:

@@ -17,7 +17,7 @@ from weightops.lora.settings import HEADER
 from weightops.ops.adapter_modules import Base, OwnModules, modules_of, read_own, settings_of
 from weightops.ops.cutting import Cutting
 from weightops.ops.produce import Bar, Planned, check_words, kept_metadata, named, stem
-from weightops.ops.report import Account, Unused, modules
+from weightops.ops.report import Account, Unused, modules, tensors
 from weightops.ops.respell import becomes, carry
 from weightops.ops.size_curve import curve
 from weightops.plan import Plan
@@ -93,7 +93,7 @@ def resize(
         target = _target(own, output, "-" + str(rank).replace(":", "").replace(" ", ""), folder)
         work = Cutting(
             "resize", Own(own, sources, "resize", dtype, said), own.modules, sources, target, rule, conv_rule, dtype,
-            seed, memory, {"device": device, "threads": threads}, Bar(on_progress), force, own.frames,
+            seed, memory, {"device": device, "threads": threads}, Bar(on_progress), force, frames=own.frames,
         )  # fmt: skip
         report = _curve(work, own) if plan else work.write(dry_run=dry_run, verify=verify)
     report.seconds = time.perf_counter() - started
@@ -114,7 +114,7 @@ def check_own(own: OwnModules, *, base: bool, strict: bool) -> None:
         what = "has no module that can be cut to a rank" + (f": {uncut[0].reason}" if uncut else "")
         raise MismatchError(opened.label, what, hint)
     if strict and uncut:
-        what = f"{len(uncut):,} tensors would be kept as they are: {quote(uncut[0].key)}, {uncut[0].reason}"
+        what = f"{tensors(len(uncut))} would be kept as stored: {quote(uncut[0].key)}, {uncut[0].reason}"
         raise MismatchError("--strict", what, "--base CHECKPOINT makes a LoRA of them")
 
 
@@ -190,7 +190,7 @@ class Own:
         uncut = self.own.uncut
         if uncut:
             hint = "; --base CHECKPOINT makes a LoRA of them" if len(self.sources) == 1 else ""
-            found.append(f"{len(uncut):,} tensors are kept as they are: {quote(uncut[0].key)}, {uncut[0].reason}{hint}")
+            found.append(f"{tensors(len(uncut))} kept as stored: {quote(uncut[0].key)}, {uncut[0].reason}{hint}")
         if any("dora_scale" in m.kept for m in self.own.modules):
             found.append("magnitudes (DoRA) are kept, and the errors are those of ΔW without them")
         return found

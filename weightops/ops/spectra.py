@@ -42,11 +42,12 @@ def spectra_of(
     weight the base lacks has no relative norm. Raises UsageError, FormatError, MismatchError, ValueRefused.
     """
     import_torch_ahead()
-    found = read_own(opened)
     if base is None:
-        return _spectra(modules_of(opened, found, plain=True), None, memory, threads, on_progress)
+        own = modules_of(opened, read_own(opened), plain=True)
+        return _spectra(own, None, memory, threads, on_progress)
     with open_checkpoint(base) as other:
         model = Base.of(other, 1)
+        found = read_own(opened, architecture=model.architecture)
         return _spectra(modules_of(opened, found, base=model), model, memory, threads, on_progress)
 
 

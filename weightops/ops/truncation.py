@@ -95,33 +95,55 @@ def _as_written(down: Tensor, up: Tensor) -> LowRank:
     return LowRank(up.reshape(len(up), -1), down.reshape(len(down), -1))
 
 
-def joined(of: Sum) -> Compute:
+def joined(of: Sum, *, scale: float = 1.0) -> Compute:
     """The compute function that writes down and up of a sum exactly: the factors of all terms, side by side.
 
-    Of each term a power of two is moved from one factor to the other, so that both are of one size: what is small in
-    half precision has few digits.
+    Where these would be more than the matrix has rows or columns, they are the matrix and an identity. Of each term a
+    power of two is moved from one factor to the other, so that both are of one size: what is small in half precision
+    has few digits.
     """
 
     def compute(inputs: Sequence[Tensor], outputs: Sequence[Tensor], _block: Block) -> list[Found]:
-        pairs = zip(of.terms, of.split(inputs), strict=True)
-        parts = add(*(_balanced(factors(term, given, of.out)) for term, given in pairs))
-        if not bool(parts.up.isfinite().all() and parts.down.isfinite().all()):
-            raise ValueRefused("", f"{quote(of.name)} holds NaN or Inf")
+        found: LowRank | Tensor
+        if of.is_product and sum(term.product_rank for term in of.terms) <= min(of.out, of.n):
+            pairs = zip(of.terms, of.split(inputs), strict=True)
+            parts = [_balanced(factors(term, given, of.out)) for term, given in pairs]
+            found = parts[0] if len(parts) == 1 else add(*parts)
+            if not bool(found.up.isfinite().all() and found.down.isfinite().all()):
+                raise ValueRefused("", f"{quote(of.name)} holds NaN or Inf")
+        else:
+            found = _with_identity(total(of, inputs))
         down, up = outputs
-        _fill(parts, down, up)
-        return [Found(norm(parts), 1.0, distance(parts, _as_written(down, up)), parts.rank, "joined")]
+        _fill(found, down, up)
+        lost = distance(found, _as_written(down, up))
+        return [Found(abs(scale) * norm(found), 1.0, abs(scale) * lost, found.rank, "joined")]
 
     return compute
 
 
 def joined_nbytes(of: Sum) -> int:
     """The most that `joined` takes beside its inputs and outputs."""
-    rank = sum(term.product_rank for term in of.terms)
-    return of.nbytes() + 24 * rank * (of.out + of.n) + distance_nbytes(of.out, of.n, rank)
+    rank = of.most
+    size = 8 if any(term.is_double for term in of.terms) else 4
+    if not of.is_product or sum(term.product_rank for term in of.terms) > rank:
+        return of.nbytes() + 3 * size * of.out * of.n + distance_nbytes(of.out, of.n, rank)
+    return of.nbytes() + 3 * size * rank * (of.out + of.n) + distance_nbytes(of.out, of.n, rank)
+
+
+def _with_identity(found: LowRank | Tensor) -> LowRank:
+    """A matrix as a product: its shorter side is the rank."""
+    import torch
+
+    matrix = found.dense() if isinstance(found, LowRank) else found
+    out, n = matrix.shape
+    unit = torch.eye(min(out, n), dtype=matrix.dtype, device=matrix.device)
+    return LowRank(unit, matrix) if out <= n else LowRank(matrix, unit)
 
 
 def _balanced(lowrank: LowRank) -> LowRank:
-    up, down = float(lowrank.up.double().norm()), float(lowrank.down.double().norm())
+    import torch
+
+    up, down = (float(torch.linalg.vector_norm(f, dtype=torch.float64)) for f in (lowrank.up, lowrank.down))
     if not (up and down and math.isfinite(up) and math.isfinite(down)):
         return lowrank
     factor = 2.0 ** round(math.log2(down / up) / 2)

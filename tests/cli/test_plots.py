@@ -1,4 +1,4 @@
-"""Pictures and tables of spectra and sizes: what is drawn, what is refused before the work, and nothing half-written."""
+"""Pictures and tables of spectra and sizes: what is drawn, what is refused before the work, nothing half-written."""
 
 from __future__ import annotations
 

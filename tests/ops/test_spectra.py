@@ -197,7 +197,7 @@ def test_a_weight_that_the_base_lacks_leaves_the_rest() -> None:
     assert relative[K] is None
     assert found["relative"] == relative[Q] is not None
     alone = save(Path("b.safetensors"), named({K: Maker(2).lora(16, 16, 4)}))
-    with pytest.raises(MismatchError, match="base.safetensors: has no .*to_k.weight"):
+    with pytest.raises(MismatchError, match=r"base\.safetensors: has no .*to_k\.weight"):
         spectrum(alone, base="base.safetensors")
 
 
@@ -216,10 +216,12 @@ def test_what_has_no_spectrum_is_refused_in_one_line() -> None:
     assert (str(told.value), told.value.hint) == (
         "--base: is what --spectrum measures by", "inspect LORA --spectrum --base CHECKPOINT",
     )  # fmt: skip
-    with pytest.raises(MismatchError, match="a.safetensors is no checkpoint"):
+    with pytest.raises(MismatchError, match=r"a\.safetensors is no checkpoint"):
         weightops.inspect(lora, spectrum=True, base=lora)
     dora = save(Path("d.safetensors"), named({Q: Maker(1).lora(16, 16, 4) | {".dora_scale": torch.ones(16, 1)}}))
-    with pytest.raises(UsageError, match=r"d.safetensors has no module with ranks: it has a magnitude \(DoRA\)") as told:
+    with pytest.raises(
+        UsageError, match=r"d.safetensors has no module with ranks: it has a magnitude \(DoRA\)"
+    ) as told:
         weightops.inspect(dora, spectrum=True)
     assert told.value.hint == "--base CHECKPOINT, the model that it is for"
 
@@ -227,7 +229,7 @@ def test_what_has_no_spectrum_is_refused_in_one_line() -> None:
 def test_a_damaged_adapter_is_refused_by_its_module() -> None:
     parts = Maker(1).lora(16, 16, 4)
     parts[".lora_up.weight"][3, 2] = math.nan
-    with pytest.raises(ValueRefused, match="attn2_to_q.*NaN or Inf"):
+    with pytest.raises(ValueRefused, match=r"attn2_to_q.*NaN or Inf"):
         spectrum(save(Path("a.safetensors"), named({Q: parts})))
-    with pytest.raises(FormatError, match=r"attn2_to_k' has \['up'\], but no down|no down"):
+    with pytest.raises(FormatError, match=r"attn2_to_k' has 'up', but no down"):
         spectrum(save(Path("b.safetensors"), {f"{K}.lora_up.weight": torch.ones(16, 4)}))

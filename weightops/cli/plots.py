@@ -271,5 +271,5 @@ def _natural(name: str) -> list[tuple[str, int]]:
 
 
 def _part(name: str) -> str:
-    """What stands before the first number: lora_unet_down_blocks."""
-    return re.split(r"[._]?\d", name, maxsplit=1)[0]
+    """What stands before the first number of its own: lora_te1_text_model_encoder_layers, lora_unet_down_blocks."""
+    return re.split(r"[._]\d+(?![^._])", name, maxsplit=1)[0]

@@ -106,21 +106,23 @@ def report(found: Report, *, verbose: bool) -> None:
     out = console()
     if found.summary:
         out.print(printable(found.summary), style="bold", soft_wrap=True)
-    planned = "plan" in found.details
+    planned = "plan" in found.details or found.command == "combine" and found.output is None
+    if "interference" in found.details:
+        _interference(out, found.details["interference"], verbose)
     if found.groups and not planned:
         out.print()
         known = (
             "tensors", "merged", "fused", "cast", "copied", "split", "dropped",
-            "modules", "convolutions", "cut", "made LoRA", "kept", "whole", "equal",
+            "modules", "shared", "of one", "convolutions", "cut", "made LoRA", "kept", "whole", "equal",
         )  # fmt: skip
         counts = [k for k in known if any(g.get(k) for g in found.groups)]
         drawn = table("component", *counts, right=tuple(range(1, len(counts) + 1)))
         for group in found.groups:
             drawn.add_row(group["component"], *(f"{group[k]:,}" if group.get(k) else "-" for k in counts))
         out.print(drawn)
-    if planned:
+    if "plan" in found.details:
         _plan(out, found.details["plan"])
-    else:
+    if not planned:
         _unused(out, found, verbose)
     if "line" in found.details:
         out.print()
@@ -165,6 +167,41 @@ def report(found: Report, *, verbose: bool) -> None:
 
 def wrote(name: str, nbytes: int) -> None:
     console().print(f"wrote  {printable(name)}  {size(nbytes)}", style="green", soft_wrap=True)
+
+
+def _interference(out: Console, found: Mapping[str, Any], verbose: bool) -> None:
+    """How LoRAs that are combined lie to each other: over all modules, and with -v in each."""
+    out.print()
+    drawn = table("LoRA", "norm", "acts in the sum at", right=(1, 2))
+    for name, strength in found["strengths"].items():
+        acts = "-" if strength is None else f"{100 * strength:.1f} %"
+        drawn.add_row(printable(name), f"{found['norms'][name]:.4g}", acts)
+    out.print(drawn)
+    for pair in found["pairs"]:
+        met = [p for m in found["modules"] for p in m["pairs"] if (p["a"], p["b"]) == (pair["a"], pair["b"])]
+        said = f"cosine {pair['cosine']:+.3f}"
+        if met:
+            cancelled = sum(p["cancelled"] for p in met) / len(met)
+            worst = min(met, key=lambda p: p["cosine"])["cosine"]
+            said += f", {worst:+.3f} at the lowest of {modules(len(met))} that both change; "
+            said += f"{100 * cancelled:.0f} % of what they have in common cancels"
+        else:
+            said += ": no module in common"
+        out.print(f"{printable(pair['a'])} and {printable(pair['b'])}: {said}", soft_wrap=True)
+    if not verbose or not found["modules"]:
+        return
+    out.print()
+    columns = ("module", "pair", "cosine", "smallest angle", "shared", "signs apart", "cancelled")
+    drawn = table(*columns, right=(2, 3, 4, 5, 6))
+    for module in found["modules"]:
+        for pair in module["pairs"]:
+            angle = "-" if pair["smallest_angle"] is None else f"{pair['smallest_angle']:.1f}°"
+            shared = "-" if pair["shared"] is None else f"{100 * pair['shared']:.0f} %"
+            drawn.add_row(
+                printable(module["name"]), printable(f"{pair['a']}, {pair['b']}"), f"{pair['cosine']:+.3f}", angle,
+                shared, f"{100 * pair['sign_conflicts']:.0f} %", f"{100 * pair['cancelled']:.0f} %",
+            )  # fmt: skip
+    out.print(drawn)
 
 
 def _plan(out: Console, points: Sequence[Mapping[str, Any]]) -> None:

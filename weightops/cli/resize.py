@@ -61,6 +61,10 @@ def command(
         raise UsageError("--plot", "draws what --plan finds", "resize LORA --plan --plot curve.png")
     if plot is not None and len(files) > 1:
         raise UsageError("--plot", f"draws one file, found {len(files)}")
+    if plot is not None:
+        from weightops.cli.plots import check_plot
+
+        check_plot(Path(plot), force=rest["force"])
     folder = _folder(output) if output is not None and len(files) > 1 else None
     documents: list[Any] = []
     code = 0
@@ -78,12 +82,14 @@ def command(
             code = max(code, e.exit_code)
             continue
         documents.append(report.to_dict())
+        if not as_json:
+            render.finished(report, as_json=False, quiet=quiet, verbose=verbose)
         if plot is not None:
             from weightops.cli.plots import size_curve
 
             size_curve(report.details["plan"], Path(plot), title=Path(file).name, force=rest["force"])
-        if not as_json:
-            render.finished(report, as_json=False, quiet=quiet, verbose=verbose)
+            if not as_json and not quiet:
+                render.wrote(plot, Path(plot).stat().st_size)
     if as_json:
         render.emit_json(documents[0] if len(files) == 1 else documents)
     if code:

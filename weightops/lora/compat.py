@@ -40,6 +40,22 @@ class CompatTerm(NamedTuple):
         return float(self.rank) if self.alpha is None else self.alpha
 
 
+class Shapes(NamedTuple):
+    """A LoRA's part in a module without its values: the shapes of up and down, and alpha (None: it has none)."""
+
+    up: tuple[int, ...]
+    down: tuple[int, ...]
+    alpha: float | None
+
+    @property
+    def rank(self) -> int:
+        return self.down[0]
+
+    @property
+    def strength(self) -> float:
+        return float(self.rank) if self.alpha is None else self.alpha
+
+
 class Part(NamedTuple):
     """A LoRA's ratio and its rank in a module: what its strength comes out as follows from these alone."""
 
@@ -67,7 +83,8 @@ def merged(terms: Sequence[CompatTerm], *, concat: bool, label: str, module: str
     """
     import torch
 
-    _check(terms, concat, label, module)
+    shapes = [Shapes(tuple(term.up.shape), tuple(term.down.shape), term.alpha) for term in terms]
+    check(shapes, concat=concat, label=label, module=module)
     first = terms[0].strength
     scales = [math.sqrt(term.strength / first) * term.ratio for term in terms]
     ups = [term.up.float() * abs(scale) for term, scale in zip(terms, scales, strict=True)]
@@ -77,15 +94,16 @@ def merged(terms: Sequence[CompatTerm], *, concat: bool, label: str, module: str
     return functools.reduce(operator.add, ups), functools.reduce(operator.add, downs), first
 
 
-def _check(terms: Sequence[CompatTerm], concat: bool, label: str, module: str) -> None:
+def check(terms: Sequence[Shapes], *, concat: bool, label: str, module: str) -> None:
+    """Raises MismatchError where sd-scripts stops; see `merged`."""
     ranks = [term.rank for term in terms]
     if len(set(ranks)) > 1 and not concat:
         what = f"{quote(module)} has ranks {_numbers(ranks)}, and sd-scripts adds factors of one rank alone"
         raise MismatchError(label, what, "concatenated, ranks may differ; the exact sum takes any")
-    shapes = [(term.up.shape[:1] + term.up.shape[2:], term.down.shape[1:]) for term in terms]
+    shapes = [(term.up[:1] + term.up[2:], term.down[1:]) for term in terms]
     other = next((term for term, shape in zip(terms, shapes, strict=True) if shape != shapes[0]), None)
     if other is not None:
-        one, two = (f"{list(term.up.shape)} and {list(term.down.shape)}" for term in (terms[0], other))
+        one, two = (f"{list(term.up)} and {list(term.down)}" for term in (terms[0], other))
         what = f"{quote(module)} has factors of {one} in one LoRA, and of {two} in another"
         raise MismatchError(label, what, "sd-scripts takes no linear layer for a 1x1 convolution")
     first = terms[0].strength

@@ -78,7 +78,7 @@ def _inner(parts: Sequence[LowRank], left: Tensor, right: Tensor) -> list[list[f
     ends = list(itertools.accumulate(part.rank for part in parts))
     own = [slice(end - part.rank, end) for part, end in zip(parts, ends, strict=True)]
     found = [[0.0] * len(parts) for _ in parts]
-    there = []
+    there: list[tuple[int, slice]] = []
     for i, a in enumerate(own):
         square = float((left[a, a] * right[a, a]).sum())
         if square <= _ROUNDING * float(left[a, a].trace() * right[a, a].trace()):

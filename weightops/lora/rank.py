@@ -240,17 +240,29 @@ def ranks_for(
     capped = [replace(s, values=s.values[: r.most(*size)]) for r, s, size in zip(rules, given, sizes, strict=True)]
     if rule.kind != "size":
         return allocate(replace(rule, cap=None), capped)
-    limit = int(rule.value)
-    best, most, left = [0] * len(given), 0, limit
-    for _ in range(_TRIES):  # with each rank or module the header grows a little, too
-        ranks = allocate(RankRule("size", left), capped)
+    return _fitting(int(rule.value), capped, size_of)
+
+
+def _fitting(limit: int, spectra: Sequence[Spectrum], size_of: Callable[[Sequence[int]], int]) -> list[int]:
+    """The ranks that keep the most in a file of so many bytes; none, where no rank fits."""
+    found, left = [[0] * len(spectra)], limit
+    for _ in range(_TRIES):
+        ranks = allocate(RankRule("size", left), spectra)
         if not any(ranks):
             break
         size = size_of(ranks)
-        if most < size <= limit:
-            best, most = ranks, size
-        left += limit - size
-    return best
+        if size <= limit:
+            found.append(ranks)
+        # What stands beside the factors, such as the header, grows a little with each rank or module.
+        room = limit - (size - _nbytes(spectra, ranks))
+        if size <= limit and room <= left:
+            break
+        left = room
+    steps = range(1, 1 + max((len(s.values) for s in spectra), default=0))
+    same = bisect.bisect_right(steps, limit, key=lambda rank: size_of(_uniform(spectra, rank)))
+    if same:
+        found.append(_uniform(spectra, same))
+    return max(found, key=lambda ranks: _gain(spectra, ranks))
 
 
 def weighted(spectrum: Spectrum, weight: float) -> Spectrum:
@@ -263,14 +275,15 @@ def allocate(rule: RankRule, spectra: Sequence[Spectrum]) -> list[int]:
 
     The error is that of all matrices together, √(Σ w·lost / Σ w·energy). Ranks are taken by their energy per
     byte, which is optimal up to the last one (Dantzig 1957, the knapsack's relaxation): the squares of one
-    matrix fall, so its ranks come in order. One rank for all is tried beside it, and the better kept. An error that
+    matrix fall, so its ranks come in order. One rank for all, and then the best, is tried too. An error that
     cannot be had within `cap`, or the values there are, gets all of them. Raises ValueError for another rule.
     """
     kept = [_usable(s, rule.cap) for s in spectra]
     steps = range(1 + max((len(s.values) for s in kept), default=0))
     if rule.kind == "size":
         same = bisect.bisect_right(steps, rule.value, key=lambda rank: _nbytes(kept, _uniform(kept, rank))) - 1
-        return max(_fill(kept, rule.value), _uniform(kept, same), key=lambda ranks: _gain(kept, ranks))
+        starts = (_uniform(kept, 0), _uniform(kept, same))
+        return max((_fill(kept, rule.value, start) for start in starts), key=lambda ranks: _gain(kept, ranks))
     if rule.kind != "error":
         raise ValueError(f"{rule.kind} is for one matrix: RankRule.choose")
     needed = (1 - rule.value**2) * math.fsum(s.weight * s.energy for s in spectra)
@@ -296,12 +309,14 @@ def _best_first(spectra: Sequence[Spectrum]) -> list[int]:
     return [n for _, n in sorted(items)]
 
 
-def _fill(spectra: Sequence[Spectrum], nbytes: float) -> list[int]:
-    """The best first, past those that no longer fit."""
-    ranks = [0] * len(spectra)
+def _fill(spectra: Sequence[Spectrum], nbytes: float, start: Sequence[int]) -> list[int]:
+    """Beside those that are there at the start, the best first, past those that no longer fit."""
+    ranks, seen = list(start), Counter[int]()
+    left = nbytes - _nbytes(spectra, ranks)
     for number in _best_first(spectra):
-        if spectra[number].nbytes <= nbytes:
-            nbytes -= spectra[number].nbytes
+        seen[number] += 1
+        if seen[number] > start[number] and spectra[number].nbytes <= left:
+            left -= spectra[number].nbytes
             ranks[number] += 1
     return ranks
 

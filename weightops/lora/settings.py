@@ -135,15 +135,15 @@ def peft_config(family: str, modules: Sequence[Module], templates: Iterable[str]
 
     templates: of all names in the network, `{}` where a number stands: a name that others end with is anchored.
     """
-    known = set(templates)
+    ends = {end for template in templates for end in _ends(template)}
     names = {m.name: _pattern(m.name) for m in modules}
-    anchored = {name for name in names if any(t.endswith("." + _template(name)) for t in known)}
+    anchored = {name for name in names if _template(name) in ends}
     keys = {name: f"^{text}" if name in anchored else text for name, text in names.items()}
     rank, alpha = common(m.ranks[0] for m in modules), common(m.ranks[1] for m in modules)
     targets: Any = sorted(names.values())
     if anchored:  # a list would mean those others, too
-        ends = (re.escape(text) if name in anchored else rf"(.*\.)?{re.escape(text)}" for name, text in names.items())
-        targets = f"({'|'.join(sorted(ends))})"
+        whole = (re.escape(text) if name in anchored else rf"(.*\.)?{re.escape(text)}" for name, text in names.items())
+        targets = f"({'|'.join(sorted(whole))})"
     return {
         "r": rank,
         "lora_alpha" if family == "lora" else "alpha": plain(alpha),
@@ -157,6 +157,12 @@ def peft_config(family: str, modules: Sequence[Module], templates: Iterable[str]
 def _pattern(name: str) -> str:
     """transformers ≥ 5.6 calls a CLIP's modules without "text_model.", and older ones with it: the end fits both."""
     return name.removeprefix("text_model.")
+
+
+def _ends(template: str) -> list[str]:
+    """What may stand after a dot of it."""
+    words = template.split(".")
+    return [".".join(words[n:]) for n in range(1, len(words))]
 
 
 def _template(name: str) -> str:

@@ -259,11 +259,12 @@ def settings_of(
     for component, module in written:
         by_component.setdefault(component if component in settings else "", []).append(module)
     header = opened.metadata.get(HEADER)
-    configs = {name: _config(settings.get(name, {}), modules) for name, modules in by_component.items()}
+    said = header is not None or own.is_folder
+    configs = {name: _config(settings.get(name, {}), modules) for name, modules in by_component.items() if said}
     if header is not None:
         flat = {f"{name}.{k}": v for name, config in configs.items() for k, v in config.items()}
         metadata[HEADER] = json.dumps(flat, indent=2, sort_keys=True)
-    if "ss_network_dim" in opened.metadata:
+    if written and "ss_network_dim" in opened.metadata:
         metadata["ss_network_dim"] = told(opened.metadata, "ss_network_dim", {m.ranks[0] for _, m in written})
         metadata["ss_network_alpha"] = told(opened.metadata, "ss_network_alpha", {m.ranks[1] for _, m in written})
     if not own.is_folder:

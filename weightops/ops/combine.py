@@ -31,7 +31,7 @@ from weightops.plan import Grain, Input, Plan, Task
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from torch import Tensor
 
@@ -90,7 +90,9 @@ def combine(
     asked = [parse(lora) for lora in loras]
     if len(asked) < 2:
         raise UsageError("combine", f"found {len(asked)} LoRA, expected two or more", "resize is for one")
-    _check(method, ema, compat, asked, exact=exact, ranked=rank is not None or conv_rank is not None)
+    ranked = next((option for option, value in (("--rank", rank), ("--conv-rank", conv_rank), ("--max-rank", max_rank),
+                                                ("--max-conv-rank", max_conv_rank)) if value is not None), None)
+    _check(method, ema, compat, asked, exact=exact, ranked=ranked)
     if not dry_run:
         import_torch_ahead()
     with contextlib.ExitStack() as stack:
@@ -105,18 +107,23 @@ def combine(
         lined = line_up(files, wish, model)
         said: dict[str, Any] = {"strengths": weights, "method": method, "exact": exact}
         for name, value in (("rank", rank), ("conv_rank", conv_rank), ("max_rank", max_rank), ("ema", ema),
-                            ("max_conv_rank", max_conv_rank), ("compat", compat)):  # fmt: skip
+                            ("max_conv_rank", max_conv_rank), ("compat", compat), ("dialect", dialect),
+                            ("architecture", architecture)):  # fmt: skip
             said |= {name: value if isinstance(value, int) else str(value)} if value is not None else {}
         said |= {"settings": dict(blend.settings), "seed": seed} if blend is not None else {}
         sources = (*files, *([] if model is None else [model.opened]))
         if strict:
             lined.account.refuse_surprises("would be left out", "left out")
-        rule, conv_rule = _rules(lined, rank, conv_rank, max_rank, max_conv_rank, exact=exact or compat is not None)
+        rule, conv_rule = None, None
+        if not interference_only:
+            rule, conv_rule = _rules(lined, rank, conv_rank, max_rank, max_conv_rank, exact=exact or compat is not None)
         file = _Combined(lined, sources, dtype, said)
         work = Cutting(
             "combine", file, lined.modules, sources, _target(lined, weights, output), rule, conv_rule, dtype, seed,
             memory, {"device": device, "threads": threads}, Bar(on_progress), force,
         )  # fmt: skip
+        if not dry_run and not interference_only:
+            work.write(dry_run=True, verify=False)  # refuses what headers tell, before anything is read
         if not dry_run:
             file.interference = _interference(work, lined, weights)
         report = file.reported(work) if interference_only else work.write(dry_run=dry_run, verify=verify)
@@ -128,12 +135,12 @@ def combine(
 
 def _check(
     method: str, ema: str | float | None, compat: str | None, asked: Sequence[tuple[Any, float]], *, exact: bool,
-    ranked: bool,
+    ranked: str | None,
 ) -> None:  # fmt: skip
     """Refuse words that are unknown, or mean nothing together."""
     DELTA_METHODS.get(method)
     if exact and ranked:
-        raise UsageError("--exact", "keeps every rank, and --rank says how many", "take one of the two")
+        raise UsageError("--exact", f"keeps every rank, and {ranked} says how many", "take one of the two")
     if ema is not None:
         if method != "sum" or compat is not None:
             raise UsageError("--ema", "is an average, and stands with no --method and no --compat")
@@ -146,7 +153,7 @@ def _check(
     if method != "sum":
         raise UsageError("--compat", f"{compat} has no method {method}")
     if ranked:
-        raise UsageError("--compat", f"{compat} keeps the ranks, and --rank says others", "resize the result")
+        raise UsageError("--compat", f"{compat} keeps the ranks, and {ranked} says others", "resize the result")
 
 
 def _rules(
@@ -168,8 +175,9 @@ def _rules(
                 "--rank", f"found none, and {modules(len(whole))} come in without a rank: {quote(whole[0].of.name)}",
                 "--rank 32, energy:0.99 or another rule says how near they are to be",
             )  # fmt: skip
-        if cap is not None or conv_cap is not None:
-            raise UsageError("--max-rank", "stands with --rank and a rule")
+        if cap is not None or (conv_cap is not None and conv_rank is None):
+            where = "--max-rank" if cap is not None else "--max-conv-rank"
+            raise UsageError(where, "is for a rule, and --rank has none", "--rank energy:0.99 is one")
     return rules
 
 
@@ -208,21 +216,27 @@ class _Combined:
         lined = self.lined
         outputs: dict[str, TensorSpec] = dict(built.outputs)
         tasks = list(built.tasks)
+        dropped = self._dropped(ranks)
         for vector in lined.vectors:
+            if vector.beside in dropped:
+                continue
             outputs[vector.key] = becomes(TensorSpec(vector.dtype, (vector.rows,)), self.dtype)
             tasks.append(_vector_task(vector, outputs[vector.key], self.sources))
         for key, number in lined.embeddings.items():
             spec = lined.files[number].tensors[key].spec
             outputs[key] = spec
             tasks.append(Task(key, (Input(number, Slot(key, spec)),), (Slot(key, spec),)))
-        units = [self._unit(m, r) for m, r in zip(lined.modules, ranks, strict=True) if r]
-        metadata: dict[str, str] = {"format": "pt", **_common(lined.files)}
+        with_bias = {vector.beside for vector in lined.vectors}
+        units = [self._unit(m, r, with_bias) for m, r in zip(lined.modules, ranks, strict=True) if r]
+        metadata: dict[str, str] = {"format": "pt"}
         files: tuple[Any, ...] = ()
         extras: dict[str, bytes] = {}
-        if lined.spelled is not None:
-            files, extras = folder_of(lined.spelled, units)
-            found, headers = metadata_of(lined.spelled, units)
-            metadata |= told_of_base(lined.spelled.dialect.name, lined.spelled.architecture.name) | found | headers
+        spelled = lined.spelled(outputs)
+        if spelled is not None:
+            files, extras = folder_of(spelled, units)
+            found, headers = metadata_of(spelled, units)
+            metadata |= told_of_base(spelled.dialect.name, spelled.architecture.name) | found | headers
+        metadata |= _common(lined.files)
         is_kohya = lined.dialect is not None and lined.dialect.name == "kohya"
         plan = Plan(
             self.sources, outputs, tuple(tasks), metadata,
@@ -231,7 +245,10 @@ class _Combined:
         )  # fmt: skip
         return Planned(plan, self.account(ranks), self.words(), self.groups(ranks), self.warnings(ranks))
 
-    def _unit(self, module: Module, rank: int) -> Unit:
+    def _dropped(self, ranks: Sequence[int]) -> set[str]:
+        return {m.of.name for m, rank in zip(self.lined.modules, ranks, strict=True) if not rank}
+
+    def _unit(self, module: Module, rank: int, with_bias: Container[str | None]) -> Unit:
         prefix, name = self.lined.names[module.of.name]
         if module.is_whole(rank):
             spec = module.written(self.dtype, module.of.shape)
@@ -241,22 +258,26 @@ class _Combined:
             "down": (module.written(self.dtype, (rank, *module.of.shape[1:])), ()),
             "up": (module.written(self.dtype, (module.of.out, rank, *ones)), ()),
         }
-        if module.of.name in self.lined.with_bias:
+        if module.of.name in with_bias:
             parts["bias"] = (module.written(self.dtype, (module.of.out,)), ())
         return Unit(module.component, prefix, name, "lora", parts, module.alpha(rank), rank, ())
 
     def account(self, ranks: Sequence[int]) -> Account:
-        """As it was lined up, less the modules that are dropped."""
-        given = self.lined.account
-        account = replace(given, used=list(given.used), unused=list(given.unused))
-        for module, rank in zip(self.lined.modules, ranks, strict=True):
-            if rank:
-                continue
-            for file, key in self.lined.keys.get(module.of.name, []):
+        """As it was lined up, less what modules alone have that are dropped."""
+        lined, dropped = self.lined, self._dropped(ranks)
+        account = replace(lined.account, used=list(lined.account.used), unused=list(lined.account.unused))
+        kept = {entry for name, keys in lined.keys.items() if name not in dropped for entry in keys}
+        gone = [entry for name in lined.keys if name in dropped for entry in lined.keys[name]]
+        for vector in lined.vectors:
+            entries = [(summand.file, summand.source.key) for summand in vector.summands]
+            if vector.beside in dropped:
+                gone += entries
+            else:
+                kept.update(entries)
+        for file, key in dict.fromkeys(gone):
+            if (file, key) not in kept and (file, key) not in lined.lost:
                 account.used.remove(key)
-                account.unused.append(
-                    Unused(key, self.lined.files[file].label, "rank 0: its module is dropped", asked=True)
-                )
+                account.unused.append(Unused(key, lined.files[file].label, "rank 0: its module is dropped", asked=True))
         return account
 
     def words(self) -> str:
@@ -329,7 +350,7 @@ def _common(files: Sequence[Any]) -> dict[str, str]:
 def _vector_task(vector: Vector, spec: TensorSpec, sources: Sequence[Any]) -> Task:
     """Σ factor · rows, of biases and norms."""
     inputs = tuple(
-        Input(file, source.rows(sources[file].tensors[source.key].spec)) for file, source, _, _ in vector.summands
+        Input(s.file, s.source.rows(sources[s.file].tensors[s.source.key].spec)) for s in vector.summands
     )
     compute = functools.partial(_summed, vector)
     return Task(vector.key, inputs, (Slot(vector.key, spec),), compute, Grain.TENSOR, work_nbytes=40 * spec.values)
@@ -341,7 +362,7 @@ def _summed(vector: Vector, inputs: Sequence[Tensor], outputs: Sequence[Tensor],
     from weightops.merging.method import store
 
     found = torch.zeros(vector.rows, dtype=torch.float64, device=inputs[0].device)
-    for (_, _, factor, placed), given in zip(vector.summands, inputs, strict=True):
-        for start, stop, to in placed:
-            found[to : to + stop - start] += factor * given.reshape(-1)[start:stop].double()
+    for summand, given in zip(vector.summands, inputs, strict=True):
+        for start, stop, to in summand.placed:
+            found[to : to + stop - start] += summand.factor * given.reshape(-1)[start:stop].double()
     store(found, outputs[0])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightops.errors import FormatError, MismatchError, UsageError, quote
 from weightops.lora.adapters import Adapter, AdapterFile, read_adapters, strengths
-from weightops.lora.compat import Part, what_differs
+from weightops.lora.compat import Part, Shapes, check, gains, what_differs
 from weightops.lora.dialects import DIALECTS, Dialect
 from weightops.lora.family import Description, Told
 from weightops.lora.pieces import sources as parts_of
@@ -22,12 +22,13 @@ from weightops.ops.report import Account, Unused
 from weightops.ops.sums import Blend, Placement, Sum, Term
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from weightops.files.checkpoint import Checkpoint
     from weightops.lora.pieces import Bands, Source
 
 Shape = tuple[int, ...]
+FileKey = tuple[int, str]
 
 
 class Share(NamedTuple):
@@ -51,16 +52,23 @@ class Spelled(NamedTuple):
     homes: dict[str, str]
 
 
-class Vector(NamedTuple):
-    """A change of a bias or of a norm: Σ factor · rows of a part, at the rows where they stand.
+class Summand(NamedTuple):
+    """factor · rows of a file's part, at the rows where they stand."""
 
-    summands: file, source, factor, placements.
-    """
+    file: int
+    source: Source
+    factor: float
+    placed: tuple[Placement, ...]
+
+
+class Vector(NamedTuple):
+    """A change of a bias or of a norm, a sum. beside: the module without whose factors it has no meaning."""
 
     key: str
     dtype: str
     rows: int
-    summands: tuple[tuple[int, Source, float, tuple[Placement, ...]], ...]
+    summands: tuple[Summand, ...]
+    beside: str | None = None
 
 
 @dataclass(slots=True)
@@ -80,7 +88,8 @@ class Wish:
 class LinedUp:
     """The modules that are written, and what becomes of every key. known: the architecture, where it is known.
 
-    keys: by a module's name, what it takes of which file. with_bias: names of those whose bias stands beside factors.
+    keys: by a module's name, what it takes of which file. used: these, and what vectors take; lost: what nothing can
+    take, and why.
     """
 
     files: Sequence[Checkpoint]
@@ -97,8 +106,9 @@ class LinedUp:
     claimed: set[str] = field(default_factory=set)
     embeddings: dict[str, int] = field(default_factory=dict)
     values: list[dict[str, tuple[float | None, Told]]] = field(default_factory=list)
-    keys: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
-    with_bias: set[str] = field(default_factory=set)
+    keys: dict[str, list[FileKey]] = field(default_factory=dict)
+    used: set[FileKey] = field(default_factory=set)
+    lost: dict[FileKey, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -110,12 +120,12 @@ class LinedUp:
         assert self.known is not None
         return self.known
 
-    @property
-    def spelled(self) -> Spelled | None:
-        """What settings are made from; None where the file's own names are kept."""
+    def spelled(self, outputs: Container[str]) -> Spelled | None:
+        """What settings of these outputs are made from; None where the file's own names are kept."""
         if self.dialect is None or self.known is None:
             return None
-        return Spelled(self.dialect, self.known, self.opened, self.homes)
+        homes = {key: component for key, component in self.homes.items() if key in outputs}
+        return Spelled(self.dialect, self.known, self.opened, homes)
 
     @property
     def is_folder(self) -> bool:
@@ -157,8 +167,11 @@ def line_up(files: Sequence[Checkpoint], wish: Wish, base: Base | None) -> Lined
         _by_own_names(lined, base)
     else:
         _by_canonical_names(lined, base)
-    if not lined.modules and not lined.vectors:
-        raise MismatchError(", ".join(file.label for file in files), "change nothing together")
+    if not lined.modules:
+        raise MismatchError(", ".join(file.label for file in files), "change no matrix, and have no ranks to combine")
+    if wish.compat is not None:
+        _warn_of_peer(lined)
+    _account(lined)
     _embeddings(lined)
     return lined
 
@@ -214,14 +227,17 @@ def _by_own_names(lined: LinedUp, base: Base | None) -> None:
     groups: dict[str, list[Share]] = {}
     for file, one in enumerate(lined.found):
         for adapter in one.adapters:
-            rows = _shape(adapter)[:1] or (1,)
-            groups.setdefault(adapter.name, []).append(Share(file, adapter, ((0, rows[0]),)))
-    named = {file: {s.adapter.name for shares in groups.values() for s in shares if s.file == file} for file in (0, 1)}
-    if len(lined.files) > 1 and not named[0] & named[1]:
-        raise MismatchError(
-            lined.files[1].label,
-            f"has no module of a name that {lined.opened.label} has, and no known model has either's",
-        )
+            shape = _shape(adapter)
+            if not shape:
+                raise _needs_base(one.label, adapter)
+            groups.setdefault(adapter.name, []).append(Share(file, adapter, ((0, shape[0]),)))
+    named: set[str] = set()
+    for number, one in enumerate(lined.found):
+        names = {adapter.name for adapter in one.adapters}
+        if number and not named & names:
+            before = f"{lined.opened.label} has" if number == 1 else "those before it have"
+            raise MismatchError(one.label, f"has no module of a name that {before}, and no known model has them")
+        named |= names
     for name, shares in groups.items():
         component = shares[0].adapter.beginning.text.partition(".")[0]
         _combine(lined, component, "", name, [shares], None, base)
@@ -236,7 +252,8 @@ def _by_canonical_names(lined: LinedUp, base: Base | None) -> None:
             for name, bands in _bands(adapter, one.label, base):
                 shares.setdefault((adapter.component or "", name), []).append(Share(file, adapter, bands))
     assert lined.dialect is not None
-    target = Target(lined.dialect, lined.architecture, lined.found[0].variant, lined.opened.label)
+    variant = next((one.variant for one in lined.found if one.variant is not None), None)
+    target = Target(lined.dialect, lined.architecture, variant, lined.opened.label)
     done: set[tuple[str, str]] = set()
     for component, name in sorted(shares, key=lambda key: order.index(key[0])):
         if (component, name) in done:
@@ -258,17 +275,14 @@ def _bands(adapter: Adapter, label: str, base: Base | None) -> list[tuple[str, B
     assert adapter.target is not None
     names, rule = adapter.target.names, adapter.target.rule
     shape = _shape(adapter)
-    if not shape and base is not None:  # OFT and its like tell nothing of the weight
+    if not shape:  # OFT and its like tell nothing of the weight
+        if base is None:
+            raise _needs_base(label, adapter)
         frame = base.frame(adapter)
         shape = (sum(slot.spec.rows for slot in frame), *frame[0].spec.shape[1:])
-    if not shape:
-        return [(name, ((0, 1),)) for name in names]
     rows, features = shape[0], shape[1] if len(shape) > 1 else None
     if len(names) == 1:
-        swapped = swaps(rule, rows, features)
-        if swapped is None or (swapped and rows % 2):
-            what = f"{quote(adapter.name)}: its halves may have to trade places, and its shapes do not tell"
-            raise MismatchError(label, what)
+        swapped = _swaps(rule, adapter, rows, features, label)
         return [(names[0], ((rows // 2, rows), (0, rows // 2)) if swapped else ((0, rows),))]
     tall = heights(rule, rows, features)
     if tall is None:
@@ -280,6 +294,22 @@ def _bands(adapter: Adapter, label: str, base: Base | None) -> list[tuple[str, B
         found.append((name, ((start, start + height),)))
         start += height
     return found
+
+
+def _swaps(rule: Rule, adapter: Adapter, rows: int, features: int | None, label: str) -> bool:
+    swapped = swaps(rule, rows, features)
+    if swapped is None or (swapped and rows % 2):
+        what = f"{quote(adapter.name)}: its halves may have to trade places, and its shapes do not tell"
+        raise MismatchError(label, what)
+    return swapped
+
+
+def _needs_base(label: str, adapter: Adapter) -> MismatchError:
+    kind = f"a {adapter.family.name}" if adapter.family.delta is None else "a magnitude (DoRA)"
+    return MismatchError(
+        label, f"{quote(adapter.name)} is {kind}, whose change depends on the model's weights",
+        "--base CHECKPOINT, the model that the LoRAs are for, makes a LoRA of it",
+    )  # fmt: skip
 
 
 def _shape(adapter: Adapter) -> Shape:
@@ -308,21 +338,31 @@ def _combine(
                 places.append((low, high, at))
                 at += high - low
     if spelled is not None and len(packed) == 1:
-        placed = {n: (share, _swapped(places, spelled[1], share, rows)) for n, (share, places) in placed.items()}
+        placed = {
+            n: (share, _swapped(places, spelled[1], share, rows, lined.files[share.file].label))
+            for n, (share, places) in placed.items()
+        }  # fmt: skip
     terms: list[Term] = []
-    dtype = None
-    vectors: dict[str, list[tuple[int, Source, float, tuple[Placement, ...]]]] = {}
-    for share, places in placed.values():
+    keys: list[FileKey] = []
+    vectors: dict[str, list[Summand]] = {}
+    for share, places in sorted(placed.values(), key=lambda entry: entry[0].file):
         merged = _joined(places)
         term = _term(lined, share, merged, rows, base)
         if term is not None:
             terms.append(term)
-            dtype = dtype or dtype_of(term.parts)
+            family = share.adapter.family
+            keys += [(share.file, key) for part, key in share.adapter.keys.items() if part not in family.of_bias]
         _vectors(lined, share, merged, vectors, has_factors=term is not None)
     if terms:
-        lined.modules.append(_module(lined, component, prefix, module, terms, dtype or "F32", rows))
-    for part, summands in vectors.items():
-        _vector(lined, component, prefix, module, part, summands, rows, has_factors=bool(terms))
+        lined.modules.append(_module(lined, component, prefix, module, terms, rows))
+        lined.keys[prefix + module] = keys
+        lined.used.update(keys)
+    is_norm = any(share.adapter.family.name == "norm" for share, _ in placed.values())
+    for kind, summands in vectors.items():
+        _vector(
+            lined, component, prefix, module, kind, summands, rows, has_factors=bool(terms),
+            is_norm=is_norm and not terms,
+        )  # fmt: skip
 
 
 def _starts(
@@ -355,10 +395,10 @@ def _starts(
     return [sum(tall[:n]) for n in range(len(tall))], sum(tall)
 
 
-def _swapped(places: list[Placement], rule: Rule, share: Share, rows: int) -> list[Placement]:
+def _swapped(places: list[Placement], rule: Rule, share: Share, rows: int, label: str) -> list[Placement]:
     """The same, in a spelling whose halves stand the other way round."""
     shape = _shape(share.adapter)
-    if not swaps(rule, rows, shape[1] if len(shape) > 1 else None):
+    if not _swaps(rule, share.adapter, rows, shape[1] if len(shape) > 1 else None, label):
         return places
     half, found = rows // 2, []
     for start, stop, to in places:
@@ -397,11 +437,7 @@ def _term(lined: LinedUp, share: Share, placed: tuple[Placement, ...], rows: int
     mine = {part: source for part, source in parts.items() if part not in family.of_bias}
     if depends:
         if base is None:
-            kind = "a magnitude (DoRA)" if family.delta is not None else f"a {family.name}"
-            raise MismatchError(
-                label, f"{quote(adapter.name)} is {kind}, whose change depends on the model's weights",
-                "--base CHECKPOINT, the model that the LoRAs are for, makes a LoRA of it",
-            )  # fmt: skip
+            raise _needs_base(label, adapter)
         frame = base.frame(adapter)
         whole = (sum(slot.spec.rows for slot in frame), *frame[0].spec.shape[1:])
         at = None if placed == ((0, whole[0], 0),) and whole[0] == rows else placed
@@ -427,65 +463,62 @@ def _strength(lined: LinedUp, share: Share) -> tuple[float | None, Told]:
     return alpha, told
 
 
-def _module(
-    lined: LinedUp, component: str, prefix: str, module: str, terms: Sequence[Term], dtype: str, rows: int
-) -> Module:
+def _module(lined: LinedUp, component: str, prefix: str, module: str, terms: Sequence[Term], rows: int) -> Module:
+    """The module that these terms make, which are in the order of their files."""
     name = prefix + module
     widths = {term.n for term in terms}
     if len(widths) > 1:
         said = ", ".join(f"{lined.files[t.source].label}: {list(t.shape)}" for t in terms)
         raise MismatchError(lined.opened.label, f"{quote(name)} has not the same inputs in all files ({said})")
-    shape = (rows, *terms[0].shape[1:])
+    # Some files have a kernel flat: its axes are in the others.
+    shape = (rows, *max((term.shape[1:] for term in terms), key=len))
     blend = lined.wish.blend
     if blend is not None and len({term.source for term in terms}) == 1:  # nothing to combine it with
-        only = terms[0].source
-        terms = [_stronger(term, lined.wish.strengths[only]) for term in terms]
+        terms = [replace(term, strength=lined.wish.strengths[term.source]) for term in terms]
         blend = None
-    of = Sum(name, tuple(sorted(terms, key=lambda term: term.source)), shape, blend)
+    of = Sum(name, tuple(terms), shape, blend)
     parts = ["up", "down", *(["alpha"] if _says_alpha(lined) else []), *(["diff"] if _says_diff(lined) else [])]
     keys = {part: lined.claim(component, prefix, module, part) for part in parts}
-    for term in of.terms:
-        adapter = next(a for a in lined.found[term.source].adapters if a.name == term.name and a.family is term.family)
-        taken = [k for p, k in adapter.keys.items() if p not in adapter.family.of_bias]
-        lined.account.used += taken
-        lined.keys.setdefault(name, []).extend((term.source, key) for key in taken)
     lined.names[name] = (prefix, module)
+    found = Module(of, component, keys, dtype_of(terms[0].parts), module)
     if lined.wish.compat is not None:
-        return _as_peer(lined, Module(of, component, keys, dtype, module))
-    incoming = max(_rank(term) for term in of.terms) if of.is_product else None
-    return Module(of, component, keys, dtype, module, exact=lined.wish.exact, incoming=incoming)
+        return _as_peer(lined, found)
+    return replace(found, exact=lined.wish.exact, incoming=_incoming(of) if of.is_product else None)
+
+
+def _incoming(of: Sum) -> int:
+    """The largest rank that a file comes in with: of what is packed here, those of its parts together."""
+    ranks = (sum(min(t.product_rank, t.out, t.n) for t in of.terms if t.source == file) for file in of.files)
+    return min(max(ranks), of.out, of.n)
 
 
 def _as_peer(lined: LinedUp, module: Module) -> Module:
     """The module as sd-scripts' merge_lora.py would make it, with `exact` its --concat. Raises MismatchError."""
-    for term in module.of.terms:
+    concat, terms = lined.wish.exact, module.of.terms
+    for term in terms:
         if term.family.name != "lora" or "mid" in term.parts or term.placed is not None or not term.is_product:
             label = lined.files[term.source].label
             raise MismatchError(label, f"{quote(term.name)} is nothing that sd-scripts' merge_lora.py can merge")
-    ranks = [term.product_rank for term in module.of.terms]
-    rank = sum(ranks) if lined.wish.exact else max(ranks)
-    first = module.of.terms[0].alpha
-    scale = (ranks[0] if first is None else first) / rank
-    peer = "concat" if lined.wish.exact else "ratio"
-    if len(ranks) > 1 and not lined.warnings:
-        parts = [Part(t.strength, r) for t, r in zip(module.of.terms, ranks, strict=True)]
-        lined.warnings.append(what_differs(parts, concat=lined.wish.exact))
-    return replace(module, scale=scale, incoming=rank, peer=peer)
+    given = [Shapes(t.parts["up"].spec.shape, t.parts["down"].spec.shape, t.alpha) for t in terms]
+    check(given, concat=concat, label=lined.files[terms[0].source].label, module=module.of.name)
+    rank = sum(shapes.rank for shapes in given) if concat else given[0].rank
+    scale = given[0].strength / rank
+    return replace(module, scale=scale, incoming=rank, peer="concat" if concat else "ratio")
 
 
-def _stronger(term: Term, strength: float) -> Term:
-    return replace(term, strength=strength)
-
-
-def _rank(term: Term) -> int:
-    """The rank that comes in with a term: no more than its matrix can have."""
-    return min(term.product_rank, term.out, term.n)
+def _warn_of_peer(lined: LinedUp) -> None:
+    """Say by an example in what the peer's numbers are not the sum: by a module that several files change, if any."""
+    found = [[Part(t.strength, t.product_rank) for t in m.of.terms] for m in lined.modules]
+    other = [parts for parts in found if gains(parts, concat=False) != tuple(part.ratio for part in parts)]
+    parts = next((parts for parts in found if len(parts) > 1), next(iter(other), None))
+    if parts is not None:
+        lined.warnings.append(what_differs(parts, concat=lined.wish.exact and len(parts) > 1))
 
 
 def _says_alpha(lined: LinedUp) -> bool:
-    """Does alpha stand among the tensors? It is the rank, so that nothing is lost where it does not."""
+    """Does alpha stand among the tensors? It is the rank, so that nothing is lost where it does not; but a peer's."""
     if lined.dialect is None:
-        return any("alpha" in adapter.keys for adapter in lined.found[0].adapters)
+        return lined.wish.compat is not None or any("alpha" in adapter.keys for adapter in lined.found[0].adapters)
     return lined.dialect.alpha == "tensor"
 
 
@@ -495,52 +528,68 @@ def _says_diff(lined: LinedUp) -> bool:
 
 # ------------------------------------------------------------------------------------------------ biases and norms
 
+# What the adapter's parts change that are no matrices.
+_CHANGED = {
+    "bias": "bias",
+    "diff_b": "bias",
+    "b_norm": "bias",
+    "diff": "norm",
+    "w_norm": "norm",
+}
+
 
 def _vectors(
-    lined: LinedUp, share: Share, placed: tuple[Placement, ...],
-    vectors: dict[str, list[tuple[int, Source, float, tuple[Placement, ...]]]], *, has_factors: bool,
+    lined: LinedUp, share: Share, placed: tuple[Placement, ...], vectors: dict[str, list[Summand]], *,
+    has_factors: bool,
 ) -> None:  # fmt: skip
-    """What the adapter changes beside a matrix, by the part that it is in the output."""
-    adapter, family = share.adapter, share.adapter.family
+    """What the adapter changes beside a matrix: the bias, the norm."""
+    adapter, family, number = share.adapter, share.adapter.family, share.file
     alpha, told = _strength(lined, share)
-    specs = {key: lined.files[share.file].tensors[key].spec for key in adapter.keys.values()}
-    parts = parts_of(adapter, specs)
+    specs = {key: lined.files[number].tensors[key].spec for key in adapter.keys.values()}
     scale = family.scale(Description(adapter.shapes, alpha, told)) if family.name == "lora" else 1.0
-    factor = lined.wish.strengths[share.file] * scale
-    used = []
-    for part, source in parts.items():
-        if part == "set_bias":
-            why = "it sets a bias, which no sum of changes can say"
-            lined.account.unused.append(Unused(source.key, lined.files[share.file].label, why, asked=False))
+    taken = set()
+    for part, source in parts_of(adapter, specs).items():
+        if family.sets or not (part in family.of_bias or (part in _CHANGED and len(source.spec.shape) == 1)):
             continue
-        is_vector = part in family.of_bias or (part in ("diff", "w_norm") and len(source.spec.shape) == 1)
-        if is_vector:
-            to = {"bias": "diff_b", "diff_b": "diff_b", "diff": "diff", "w_norm": "w_norm", "b_norm": "b_norm"}[part]
-            vectors.setdefault(to, []).append((share.file, source, factor, placed))
-            used.append(source.key)
-    lined.account.used += used
-    if not has_factors and used and "alpha" in adapter.keys:
-        lined.account.used.append(adapter.keys["alpha"])
+        factor = lined.wish.strengths[number] * scale
+        vectors.setdefault(_CHANGED[part], []).append(Summand(number, source, factor, placed))
+        taken.add(part)
+    for part, key in adapter.keys.items():
+        if part in taken or (part == "alpha" and taken):
+            lined.used.add((number, key))
+        elif not has_factors or part in family.of_bias:
+            what = "it sets a bias or a norm" if family.sets else "it changes neither a matrix nor a bias"
+            lined.lost[number, key] = f"{what}, which no sum of changes can say"
 
 
 def _vector(
-    lined: LinedUp, component: str, prefix: str, module: str, part: str,
-    summands: Sequence[tuple[int, Source, float, tuple[Placement, ...]]], rows: int, *, has_factors: bool,
+    lined: LinedUp, component: str, prefix: str, module: str, kind: str, summands: Sequence[Summand], rows: int, *,
+    has_factors: bool, is_norm: bool,
 ) -> None:  # fmt: skip
     """A bias's or a norm's change; of dialects that have none, those of modules without factors are left out."""
-    if lined.dialect is not None and lined.dialect.alpha != "tensor":
-        if part != "diff_b" or not has_factors:
-            why = f"{lined.dialect.name} has no differences of biases and norms"
-            gone = {source.key for _, source, _, _ in summands}
-            lined.account.used = [key for key in lined.account.used if key not in gone]
-            lined.account.unused += [
-                Unused(source.key, lined.files[file].label, why, asked=False) for file, source, _, _ in summands
-            ]
-            return
-        part = "bias"
-        lined.with_bias.add(prefix + module)
+    beside = None
+    if _says_diff(lined):
+        part = ("w_norm" if is_norm else "diff") if kind == "norm" else "b_norm" if is_norm else "diff_b"
+    elif kind == "bias" and has_factors:
+        part, beside = "bias", prefix + module
+    else:
+        assert lined.dialect is not None
+        why = f"{lined.dialect.name} has no differences of biases and norms"
+        lined.lost |= {(summand.file, summand.source.key): why for summand in summands}
+        return
     key = lined.claim(component, prefix, module, part)
-    lined.vectors.append(Vector(key, summands[0][1].spec.dtype, rows, tuple(summands)))
+    lined.vectors.append(Vector(key, summands[0].source.spec.dtype, rows, tuple(summands), beside))
+
+
+def _account(lined: LinedUp) -> None:
+    """Every key of every adapter, once."""
+    for number, one in enumerate(lined.found):
+        for key in (key for adapter in one.adapters for key in adapter.keys.values()):
+            if (number, key) in lined.lost:
+                lined.account.unused.append(Unused(key, one.label, lined.lost[number, key], asked=False))
+            else:
+                assert (number, key) in lined.used, key
+                lined.account.used.append(key)
 
 
 def _embeddings(lined: LinedUp) -> None:

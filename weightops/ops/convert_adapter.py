@@ -101,9 +101,9 @@ def convert_to_lora(
         raise UsageError(given, "says nothing with --to lora", None if words.drop else "--verify does what can be done")
     if words.alpha != "carry":
         raise UsageError("--alpha", "says nothing with --to lora: the strength stays where it is")
-    found = read_own(opened, architecture=words.architecture)
     with contextlib.ExitStack() as stack:
         base = None if wish.base is None else Base.of(stack.enter_context(open_checkpoint(wish.base)), 1)
+        found = read_own(opened, architecture=words.architecture or (base.architecture if base is not None else None))
         own = modules_of(opened, found, base=base, plain=True)
         if own.uncut:
             first = own.uncut[0]

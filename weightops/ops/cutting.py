@@ -15,7 +15,8 @@ from weightops.errors import Interrupted, UsageError
 from weightops.lora.rank import RankRule, ranks_for, weighted
 from weightops.ops.factor_check import check_factors
 from weightops.ops.factor_plan import Built, Module, build, rows_of, scans
-from weightops.ops.produce import Bar, Planned, is_cuda, produce
+from weightops.ops.produce import Bar, Planned, is_cuda, output_nbytes, produce
+from weightops.ops.report import Report, input_entries
 from weightops.ops.truncation import squared
 from weightops.plan import Input, Plan, Task
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from weightops.files.checkpoint import Checkpoint
     from weightops.files.tensor import Slot
     from weightops.lora.rank import Spectrum
-    from weightops.ops.report import Report
 
 
 class File(Protocol):
@@ -122,15 +122,15 @@ class Cutting:
 
     def size_of(self, ranks: Sequence[int]) -> int:
         """The bytes of the file that these ranks make."""
-        planned, _ = self.planned([m.settled(r) for m, r in zip(self.modules, ranks, strict=True)])
-        return self.foreseen(planned).bytes_written
+        planned, _ = self.planned([m.settled(r) for m, r in zip(self.modules, ranks, strict=True)], bare=True)
+        return output_nbytes(planned.plan, self.target)
 
-    def planned(self, ranks: Sequence[int]) -> tuple[Planned, Built]:
-        """The plan that writes these ranks."""
+    def planned(self, ranks: Sequence[int], *, bare: bool = False) -> tuple[Planned, Built]:
+        """The plan that writes these ranks; or, `bare`, one that only tells its size."""
         device = self.running["device"]
         built = build(
             self.modules, ranks, self.sources, dtype=self.dtype, seed=self.seed,
-            together=device != "cpu" and is_cuda(device),
+            together=device != "cpu" and not bare and is_cuda(device), bare=bare,
         )  # fmt: skip
         return self.file.planned(built, ranks), built
 
@@ -143,8 +143,13 @@ class Cutting:
         )  # fmt: skip
 
     def foreseen(self, planned: Planned) -> Report:
-        """What a plan would write, wherever and in however much memory."""
-        return self.produce(planned, dry_run=True, memory=1 << 62, force=True)
+        """What a plan would write, in whatever memory; no file is looked at."""
+        plan = planned.plan
+        return Report(
+            self.command, input_entries(plan.sources, [None] * len(plan.sources)), None, planned.account,
+            planned.summary, planned.groups, planned.warnings, bytes_written=output_nbytes(plan, self.target),
+            dry_run=True,
+        )  # fmt: skip
 
     def write(self, *, dry_run: bool, verify: bool) -> Report:
         """The whole work, or with `dry_run` what it would be."""

@@ -131,20 +131,25 @@ class Built:
 
 def build(
     modules: Sequence[Module], ranks: Sequence[int], sources: Sequence[Checkpoint], *, dtype: str, seed: int,
-    together: bool,
+    together: bool, bare: bool = False,
 ) -> Built:  # fmt: skip
-    """The tasks that write each module at its rank; 0: not at all. together: for a device that does many at once."""
+    """The tasks that write each module at its rank; 0: not at all. together: for a device that does many at once.
+
+    bare: without the tasks, for the size of what they would write.
+    """
     built = Built()
     for group in _groups(modules, ranks, together=together):
         first, rank = modules[group[0]], ranks[group[0]]
-        inputs = [entry for n in group for entry in modules[n].of.inputs(sources)]
         slots: list[Slot] = []
         for n in group:
             slots += _slots(modules[n], rank, sources, built.outputs, dtype)
+        built.groups.append(group)
+        if bare:
+            continue
+        inputs = [entry for n in group for entry in modules[n].of.inputs(sources)]
         compute, work = _compute([modules[n] for n in group], rank, seed)
         name = first.of.name
         built.tasks.append(Task(name, tuple(inputs), tuple(slots), compute, Grain.TENSOR, work_nbytes=work))
-        built.groups.append(group)
     alphas = []
     for n in (n for group in built.groups for n in group):
         module, rank = modules[n], ranks[n]
@@ -162,7 +167,7 @@ def build(
         shapes = {"down": (rank, *module.of.shape[1:]), "up": (module.of.out, rank)} | dict(module.kept)
         alpha = None if module.alpha(rank) == rank else module.alpha(rank)
         built.settings.append((module.component, Setting(module.body, rank, alpha, shapes)))
-    built.tasks += alphas
+    built.tasks += [] if bare else alphas
     return built
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightops.lora.lowrank import LowRank
 from weightops.lora.overlap import meeting, sign_conflicts
-from weightops.ops.sums import Sum, by_file
+from weightops.ops.sums import Sum, by_file, refuse_nonfinite
 from weightops.plan import Grain, Task
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ def _met(of: Sum) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], Met]:
         import torch
 
         parts = by_file(of, inputs)
+        for part in parts.values():
+            refuse_nonfinite(of, part)
         files, changes = tuple(parts), list(parts.values())
         products = [part for part in changes if isinstance(part, LowRank)]
         rows = sorted({of.out * n // min(_ROWS, of.out) for n in range(min(_ROWS, of.out))})

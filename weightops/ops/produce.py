@@ -69,7 +69,7 @@ def produce(
     )  # fmt: skip
     if dry_run:
         check_memory(plan, memory)
-        report.bytes_written = _output_nbytes(plan, output)
+        report.bytes_written = output_nbytes(plan, output)
         files = [file for source in plan.sources for file in source.files]
         check_target(output, report.bytes_written, force=force, inputs=files, folder=bool(plan.files))
         return report
@@ -113,7 +113,7 @@ def _check_replaced(plan: Plan, output: Path) -> None:
         raise OutputError(str(output), what, "move it away first, or write elsewhere")
 
 
-def _output_nbytes(plan: Plan, output: Path) -> int:
+def output_nbytes(plan: Plan, output: Path) -> int:
     """The bytes of all files that the plan would write, headers and all."""
     metadata = plan.file_metadata([PLACEHOLDER] * len(plan.sources))
     if not plan.files:

@@ -21,8 +21,9 @@ def ema_weights(said: str, metadata: Sequence[Mapping[str, str]]) -> list[float]
     said: a decay such as 0.9, of which each snapshot takes 1 − β and leaves β to those before it; or sigma:0.1, the
     width of a power function's profile, relative to the training's length. The latter asks for the steps at which the
     snapshots were taken: ss_steps of the metadata where all have it, else equally spaced.
-    Source: Karras et al. 2024, arXiv:2312.02696, sections 3.1 and C.2 (the decay and the relative width that an exponent gives). Averages are
-    of ΔW: those of factors, as other tools make them, are of another product. Raises UsageError.
+    Averages are of ΔW: those of factors, as other tools make them, are of another product.
+    Source: Karras et al. 2024, arXiv:2312.02696, sections 3.1 and C.2 (the decay, and the relative width that an
+    exponent gives). Raises UsageError.
     """
     name, colon, setting = said.rpartition(":")
     try:

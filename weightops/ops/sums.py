@@ -95,8 +95,8 @@ class Term:
     def nbytes(self) -> int:
         """The most that its part of `total` takes beside its inputs."""
         size = 8 if self.is_double else 4
-        if self.is_plain:
-            return 0
+        if self.is_plain:  # it is looked at where it lies, unless its values are of 8 bits
+            return 4 * sum(s.spec.values for s in self.parts.values() if s.spec.dtype.startswith("F8"))
         parts = size * sum(source.spec.values for source in self.parts.values())
         if self.is_product:
             return parts + 3 * size * self.product_rank * (self.out + self.n)
@@ -178,9 +178,10 @@ def factors(term: Term, given: Sequence[Tensor], out: int) -> LowRank:
     import torch
 
     wide = torch.float64 if term.is_double else torch.float32
-    if term.is_plain:  # its own factors: nothing is copied
+    if term.is_plain:  # its own factors: nothing is copied, unless torch has no arithmetic of them
         at = dict(zip(term.parts, given, strict=True))
-        return LowRank(at["up"].flatten(1), at["down"].flatten(1))
+        up, down = (t.float() if t.element_size() == 1 else t for t in (at["up"], at["down"]))
+        return LowRank(up.flatten(1), down.flatten(1))
     lowrank = LowRank(*_product(term, given, wide))
     if not term.apart and term.strength != 1:
         lowrank = lowrank.scale(term.strength)
@@ -239,10 +240,15 @@ def total(of: Sum, inputs: Sequence[Tensor]) -> LowRank | Tensor:
         found = _blended(of, of.blend, inputs)
     else:
         found = _added(of, list(zip(of.terms, of.split(inputs), strict=True)))
+    refuse_nonfinite(of, found)
+    return found
+
+
+def refuse_nonfinite(of: Sum, found: LowRank | Tensor) -> None:
+    """Raises ValueRefused for NaN and Inf."""
     for tensor in (found.up, found.down) if isinstance(found, LowRank) else (found,):
         if tensor.numel() and not all(math.isfinite(float(extreme)) for extreme in tensor.aminmax()):
             raise ValueRefused("", f"{quote(of.name)} holds NaN or Inf, and has no factors")
-    return found
 
 
 def by_file(of: Sum, inputs: Sequence[Tensor]) -> dict[int, LowRank | Tensor]:

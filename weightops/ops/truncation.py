@@ -195,7 +195,10 @@ def as_it_is(of: Sum, *, scale: float) -> Compute:
         found = total(of, inputs)
         assert isinstance(found, LowRank)
         for given, out in zip(inputs, outputs, strict=True):
-            store(given.reshape(out.shape), out)
+            if given.dtype == out.dtype:
+                out.copy_(given.reshape(out.shape))
+            else:
+                store(given.reshape(out.shape), out)
         lost = 0.0
         if any(given.dtype != out.dtype for given, out in zip(inputs, outputs, strict=True)):
             lost = distance(found, factors(term, outputs, of.out))

@@ -1,0 +1,118 @@
+"""resize, law 2: what is taken beside inputs and outputs is no more than the plan says, as torch counts it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save
+from test_fuse_memory import taken
+from torch import Tensor
+
+from weightops.files.checkpoint import open_checkpoint
+from weightops.ops.adapter_modules import Base, modules_of, read_own
+from weightops.ops.factor_plan import build, scans
+from weightops.plan import Plan
+
+torch.set_num_threads(1)
+
+MODULE = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+KERNEL = "lora_unet_down_blocks_0_resnets_0_conv1"
+WEIGHTS = {
+    MODULE: "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight",
+    KERNEL: "model.diffusion_model.input_blocks.1.0.in_layers.2.weight",
+}
+TALL, WIDE, WINDOW = (1536, 768), (512, 1280), (256, 192, 3, 3)
+
+KINDS = (
+    "lora", "lora of many ranks", "lora of more ranks than sides", "loha", "loha of many ranks", "lokr",
+    "factors of lokr", "full", "dora", "dora of inputs", "dora of loha", "glora", "oft", "ia3",
+)  # fmt: skip
+OF_KERNELS = ("lora", "lora of many ranks", "tucker", "tucker loha", "lokr", "tucker lokr", "full", "dora", "dora of inputs")
+NEEDS_BASE = ("dora", "glora", "oft", "ia3")
+
+
+def adapter(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    out, features, *kernel = shape
+
+    def made(*axes: int) -> Tensor:
+        return (0.05 * torch.randn(axes)).to(dtype)
+
+    def lora(rank: int) -> dict[str, Tensor]:
+        return {"lora_up.weight": made(out, rank, *[1] * len(kernel)), "lora_down.weight": made(rank, *shape[1:])}
+
+    def loha(rank: int) -> dict[str, Tensor]:
+        return {"hada_w1_a": made(out, rank), "hada_w1_b": made(rank, features), "hada_w2_a": made(out, rank),
+                "hada_w2_b": made(rank, features)}  # fmt: skip
+
+    def turned(rank: int) -> dict[str, Tensor]:
+        return {k: t.mT.contiguous() if k.endswith("_a") else t for k, t in loha(rank).items()}
+
+    first, second = {"lokr_w1": made(8, 8)}, (out // 8, features // 8)
+    ones = [1] * len(kernel)
+    kinds = {
+        "lora": lambda: lora(16),
+        "lora of many ranks": lambda: lora(128),
+        "lora of more ranks than sides": lambda: lora(800),
+        "loha": lambda: loha(6),
+        "loha of many ranks": lambda: loha(32),
+        "lokr": lambda: {**first, "lokr_w2": made(*second, *kernel)},
+        "factors of lokr": lambda: {**first, "lokr_w2_a": made(second[0], 6), "lokr_w2_b": made(6, second[1])},
+        "full": lambda: {"diff": made(*shape)},
+        "dora": lambda: {**lora(16), "dora_scale": 1 + made(out, 1, *ones)},
+        "dora of inputs": lambda: {**lora(16), "dora_scale": 1 + made(1, features, *ones)},
+        "dora of loha": lambda: {**loha(6), "dora_scale": 1 + made(out, 1)},
+        "glora": lambda: {"a1.weight": made(features, 16), "a2.weight": made(16, features), "b1.weight": made(out, 16),
+                          "b2.weight": made(16, features)},
+        "oft": lambda: {"oft_blocks": made(out // 64, 64, 64)},
+        "ia3": lambda: {"weight": made(1, features), "on_input": torch.tensor(True)},
+        "tucker": lambda: {"lora_up.weight": made(out, 16, 1, 1), "lora_down.weight": made(16, features, 1, 1),
+                           "lora_mid.weight": made(16, 16, *kernel)},
+        "tucker loha": lambda: {**turned(6), "hada_t1": made(6, 6, *kernel), "hada_t2": made(6, 6, *kernel)},
+        "tucker lokr": lambda: {**first, "lokr_w2_a": made(6, second[0]), "lokr_w2_b": made(6, second[1]),
+                                "lokr_t2": made(6, 6, *kernel)},
+    }  # fmt: skip
+    name = KERNEL if kernel else MODULE
+    return {f"{name}.{part}": tensor for part, tensor in kinds[kind]().items()}
+
+
+CASES = [(kind, shape) for kind in KINDS for shape in (TALL, WIDE)] + [(kind, WINDOW) for kind in OF_KERNELS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float8_e4m3fn], ids=["F16", "F32", "F8"])
+@pytest.mark.parametrize(("kind", "shape"), CASES, ids=str)
+def test_working_copies_are_no_more_than_the_plan_says(
+    kind: str, shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of cuts to few ranks and to many, of copies, of what is written whole or side by side, and of the scans."""
+    if dtype is torch.float8_e4m3fn and kind not in ("lora", "tucker"):
+        return
+    monkeypatch.chdir(tmp_path)
+    save(Path("lora.safetensors"), adapter(kind, shape, dtype))
+    weight = WEIGHTS[KERNEL if len(shape) > 2 else MODULE]
+    others = {"model.diffusion_model.input_blocks.1.1.proj_in.weight": torch.ones(64, 64, 1, 1),
+              "model.diffusion_model.input_blocks.0.0.weight": torch.ones(64, 4, 3, 3)}  # fmt: skip
+    save(Path("base.safetensors"), {weight: torch.randn(shape).to(torch.float16), **others})
+    with open_checkpoint("lora.safetensors") as opened, open_checkpoint("base.safetensors") as base:
+        model = Base.of(base, 1) if kind.startswith(NEEDS_BASE) else None
+        own = modules_of(opened, read_own(opened, architecture="sd15"), base=model)
+        (module,), sources = own.modules, (opened, base)
+        assert module.of.shape == shape
+        seen: dict[str, float] = {}
+        ranks = {1, 24, module.of.most // 2, module.settled(module.of.most), module.of.most}
+        variants = [(module, rank) for rank in sorted(ranks - {0})]
+        variants.append((replace(module, exact=True), module.of.most))
+        for variant, rank in variants:
+            for out in ("keep", "bf16"):
+                built = build([variant], [rank], sources, dtype=out, seed=0, together=False)
+                task = built.tasks[0]
+                most = taken(Plan(sources, built.outputs, tuple(built.tasks)), task)
+                assert most <= task.work_nbytes, (rank, variant.exact, out, most / task.work_nbytes)
+                seen[f"{rank}"] = most / task.work_nbytes
+        (scan,) = scans([module], sources, "keep")
+        most = taken(Plan(sources, {}, (scan,)), scan)
+        assert 0 < most <= scan.work_nbytes, ("scan", most / scan.work_nbytes)
+    assert max(seen.values()) > 0.1 * min(1.0, math.prod(shape) / (1 << 21)), seen

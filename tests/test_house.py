@@ -216,7 +216,7 @@ def test_the_version_is_said_in_one_place_for_all() -> None:
     assert project()["project"]["version"] == weightops.__version__  # type: ignore[index]
 
 
-VERBS = ["convert", "extract", "fuse", "inspect", "merge", "unfuse"]
+VERBS = ["combine", "convert", "extract", "fuse", "inspect", "merge", "resize", "unfuse"]
 
 
 def test_every_verb_is_a_function_of_the_package() -> None:

@@ -19,6 +19,7 @@ from weightops.lora.lowrank import (
     norm,
     singular_values,
     truncate,
+    truncate_kronecker,
     truncate_many,
     truncate_nbytes,
 )
@@ -356,3 +357,28 @@ def test_a_cuda_device_truncates_as_the_cpu() -> None:
     found = truncate_many([LowRank(a.up.cuda(), a.down.cuda()) for a in made], rules)
     assert all(f.lowrank.up.is_cuda for f in found)
     same(found, truncate_many(made, rules))
+
+
+# ------------------------------------------------------------------------------------------------ Kronecker products
+
+
+@pytest.mark.parametrize("rank", [1, 5, 24, 100])
+@pytest.mark.parametrize(
+    ("a", "b"), [(adapter(6, 4, 8), adapter(7, 6, 5, seed=2)), (adapter(4, 3, 3), adapter(9, 2, 8))]
+)
+def test_a_kronecker_product_is_cut_as_its_matrix_is(a: LowRank, b: LowRank, rank: int) -> None:
+    dense = torch.kron(whole(a), whole(b))
+    values = torch.linalg.svdvals(dense)
+    found = truncate_kronecker(a, b, rank)
+    count = len(found.singular_values)
+    assert count == min(rank, min(a.rank, *a.shape) * min(b.rank, *b.shape))
+    assert found.singular_values == pytest.approx(values[:count].tolist(), abs=1e-9 * float(values[0]))
+    lost = float(values[count:].norm())
+    assert found.error * found.norm == pytest.approx(lost, abs=1e-6 * float(values[0]))
+    assert float((whole(found.lowrank) - dense).norm()) == pytest.approx(lost, abs=1e-5 * float(values[0]))
+    assert found.norm == pytest.approx(float(dense.norm()), rel=1e-9)
+
+
+def test_a_kronecker_product_with_nothing_has_no_rank() -> None:
+    nothing = LowRank(torch.zeros(4, 2), torch.zeros(2, 3))
+    assert truncate_kronecker(nothing, adapter(5, 2, 6), 3).singular_values == ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,13 +24,16 @@ WEIGHTS = {
     MODULE: "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight",
     KERNEL: "model.diffusion_model.input_blocks.1.0.in_layers.2.weight",
 }
-TALL, WIDE, WINDOW = (1536, 768), (512, 1280), (256, 192, 3, 3)
+TALL, WIDE, KERNELS = (8192, 1536), (640, 2560), (640, 160, 3, 3)
 
-KINDS = (
-    "lora", "lora of many ranks", "lora of more ranks than sides", "loha", "loha of many ranks", "lokr",
-    "factors of lokr", "full", "dora", "dora of inputs", "dora of loha", "glora", "oft", "ia3",
+# Large enough that what is the same for every shape, 16 MiB of bands, hides nothing; what takes long, smaller.
+CASES = (
+    ("lora", TALL), ("lora of many ranks", TALL), ("lora of more ranks than sides", (512, 1280)), ("loha", TALL),
+    ("loha of many ranks", (1280, 512)), ("lokr", (512, 1280)), ("factors of lokr", TALL), ("full", WIDE),
+    ("dora", WIDE), ("dora of inputs", WIDE), ("dora of loha", WIDE), ("glora", WIDE), ("oft", WIDE), ("ia3", WIDE),
+    ("lora", KERNELS), ("lora of many ranks", KERNELS), ("tucker", KERNELS), ("tucker loha", KERNELS),
+    ("tucker lokr", KERNELS), ("full", KERNELS), ("dora", KERNELS), ("dora of inputs", KERNELS),
 )  # fmt: skip
-OF_KERNELS = ("lora", "lora of many ranks", "tucker", "tucker loha", "lokr", "tucker lokr", "full", "dora", "dora of inputs")
 NEEDS_BASE = ("dora", "glora", "oft", "ia3")
 
 
@@ -79,17 +81,17 @@ def adapter(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, 
     return {f"{name}.{part}": tensor for part, tensor in kinds[kind]().items()}
 
 
-CASES = [(kind, shape) for kind in KINDS for shape in (TALL, WIDE)] + [(kind, WINDOW) for kind in OF_KERNELS]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float8_e4m3fn], ids=["F16", "F32", "F8"])
-@pytest.mark.parametrize(("kind", "shape"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "shape", "dtype"),
+    [(*case, torch.float16) for case in CASES]
+    + [(*case, torch.float32) for case in CASES if case[0] in ("lora of many ranks", "lokr", "full", "dora", "tucker")]
+    + [("lora", TALL, torch.float8_e4m3fn), ("tucker", KERNELS, torch.float8_e4m3fn)],
+    ids=str,
+)
 def test_working_copies_are_no_more_than_the_plan_says(
     kind: str, shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of cuts to few ranks and to many, of copies, of what is written whole or side by side, and of the scans."""
-    if dtype is torch.float8_e4m3fn and kind not in ("lora", "tucker"):
-        return
     monkeypatch.chdir(tmp_path)
     save(Path("lora.safetensors"), adapter(kind, shape, dtype))
     weight = WEIGHTS[KERNEL if len(shape) > 2 else MODULE]
@@ -101,18 +103,14 @@ def test_working_copies_are_no_more_than_the_plan_says(
         own = modules_of(opened, read_own(opened, architecture="sd15"), base=model)
         (module,), sources = own.modules, (opened, base)
         assert module.of.shape == shape
-        seen: dict[str, float] = {}
-        ranks = {1, 24, module.of.most // 2, module.settled(module.of.most), module.of.most}
-        variants = [(module, rank) for rank in sorted(ranks - {0})]
+        own_rank = module.settled(module.of.most)
+        variants = [(module, rank) for rank in sorted({8, min(200, module.of.most), own_rank})]
         variants.append((replace(module, exact=True), module.of.most))
         for variant, rank in variants:
-            for out in ("keep", "bf16"):
+            for out in ("keep", "bf16") if rank == own_rank else ("keep",):
                 built = build([variant], [rank], sources, dtype=out, seed=0, together=False)
                 task = built.tasks[0]
                 most = taken(Plan(sources, built.outputs, tuple(built.tasks)), task)
-                assert most <= task.work_nbytes, (rank, variant.exact, out, most / task.work_nbytes)
-                seen[f"{rank}"] = most / task.work_nbytes
+                assert 0 < most <= task.work_nbytes, (rank, variant.exact, out)
         (scan,) = scans([module], sources, "keep")
-        most = taken(Plan(sources, {}, (scan,)), scan)
-        assert 0 < most <= scan.work_nbytes, ("scan", most / scan.work_nbytes)
-    assert max(seen.values()) > 0.1 * min(1.0, math.prod(shape) / (1 << 21)), seen
+        assert 0 < taken(Plan(sources, {}, (scan,)), scan) <= scan.work_nbytes

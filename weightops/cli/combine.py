@@ -53,7 +53,6 @@ def command(
     \b
     weightops combine style.safetensors:0.7 person.safetensors:0.5 -o both.safetensors
     weightops combine a.safetensors b.safetensors --method ties --set density=0.3 --rank 32
-    weightops combine epoch1.safetensors epoch2.safetensors epoch3.safetensors --ema 0.9
 
     Ranks, families, dialects and spellings may differ; a module that only one of them has is kept. The report begins
     with their interference: the cosine of their changes, and how strongly each acts in the sum.

@@ -106,7 +106,7 @@ def report(found: Report, *, verbose: bool) -> None:
     out = console()
     if found.summary:
         out.print(printable(found.summary), style="bold", soft_wrap=True)
-    planned = "plan" in found.details or found.command == "combine" and found.output is None
+    planned = "plan" in found.details or (found.command == "combine" and found.output is None)
     if "interference" in found.details:
         _interference(out, found.details["interference"], verbose)
     if found.groups and not planned:

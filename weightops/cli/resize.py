@@ -49,7 +49,6 @@ def command(
 
     \b
     weightops resize style.safetensors --rank 32
-    weightops resize style.safetensors --rank size:32MiB --verify
     weightops resize *.safetensors --rank energy:0.98 -o small/
 
     Any family goes in: LoHa and LoKr become LoRA from their exact products. size: and error: are of the whole file,

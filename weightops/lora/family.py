@@ -96,7 +96,8 @@ class Family:
     delta: rows of ΔW, [rows, …], of which no others are computed; or apply: the same rows of W to those of W', where
     the change depends on W. bias: what is added to the bias. sets: the parts are the weight and the bias themselves.
     lowrank: up [out, rank] and down [rank, in·k·k] of which ΔW, flattened, is exactly the product, scale folded in;
-    product_rank: that rank, which may exceed the matrix's sides.
+    product_rank: that rank, which may exceed the matrix's sides. kronecker: of a Kronecker product, up and down of both
+    of its matrices, flattened, whose sizes are `kronecker_sides`.
     grain: rows, or tensor where each row of W' depends on other rows of W, and `apply` is given all of it.
     """
 
@@ -118,6 +119,8 @@ class Family:
     sets: bool = False
     lowrank: Callable[[Parts], tuple[Tensor, Tensor]] | None = None
     product_rank: Callable[[Shapes], int] | None = None
+    kronecker: Callable[[Parts], tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] | None = None
+    kronecker_sides: Callable[[Shapes], tuple[tuple[int, int], tuple[int, int]]] | None = None
     grain: Grain = "rows"
 
     def form(self, parts: Mapping[str, object]) -> tuple[str, ...] | None:

@@ -90,8 +90,19 @@ def combine(
     asked = [parse(lora) for lora in loras]
     if len(asked) < 2:
         raise UsageError("combine", f"found {len(asked)} LoRA, expected two or more", "resize is for one")
-    ranked = next((option for option, value in (("--rank", rank), ("--conv-rank", conv_rank), ("--max-rank", max_rank),
-                                                ("--max-conv-rank", max_conv_rank)) if value is not None), None)
+    ranked = next(
+        (
+            option
+            for option, value in (
+                ("--rank", rank),
+                ("--conv-rank", conv_rank),
+                ("--max-rank", max_rank),
+                ("--max-conv-rank", max_conv_rank),
+            )
+            if value is not None
+        ),
+        None,
+    )
     _check(method, ema, compat, asked, exact=exact, ranked=ranked)
     if not dry_run:
         import_torch_ahead()
@@ -349,9 +360,7 @@ def _common(files: Sequence[Any]) -> dict[str, str]:
 
 def _vector_task(vector: Vector, spec: TensorSpec, sources: Sequence[Any]) -> Task:
     """Σ factor · rows, of biases and norms."""
-    inputs = tuple(
-        Input(s.file, s.source.rows(sources[s.file].tensors[s.source.key].spec)) for s in vector.summands
-    )
+    inputs = tuple(Input(s.file, s.source.rows(sources[s.file].tensors[s.source.key].spec)) for s in vector.summands)
     compute = functools.partial(_summed, vector)
     return Task(vector.key, inputs, (Slot(vector.key, spec),), compute, Grain.TENSOR, work_nbytes=40 * spec.values)
 

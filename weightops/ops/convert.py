@@ -103,8 +103,8 @@ def convert(
             )  # fmt: skip
         if identity.kind == "lora" and to is not None:
             return convert_adapter(
-                opened, words, output, memory=memory or DEFAULT_MEMORY, device=device, threads=threads, force=force, dry_run=dry_run,
-                check=verify, on_progress=on_progress,
+                opened, words, output, memory=memory or DEFAULT_MEMORY, device=device, threads=threads, force=force,
+                dry_run=dry_run, check=verify, on_progress=on_progress,
             )  # fmt: skip
         wish = Wish(
             to or "", dtype, tuple(drop), shard_size, None if like is None else open_like(str(like)),

@@ -140,6 +140,19 @@ class Sum:
         return all(term.is_product for term in self.terms) and (self.blend is None or self.blend.method.linear)
 
     @property
+    def is_kronecker(self) -> bool:
+        """Is it one Kronecker product, whose singular values are those of two small matrices?"""
+        only = self.terms[0]
+        return len(self.terms) == 1 and only.family.kronecker is not None and only.is_product and only.placed is None
+
+    @property
+    def kronecker_sides(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The sizes of these two."""
+        only = self.terms[0]
+        assert only.family.kronecker_sides is not None
+        return only.family.kronecker_sides({part: source.spec.shape for part, source in only.parts.items()})
+
+    @property
     def files(self) -> tuple[int, ...]:
         """The numbers of the files that have a part in it."""
         return tuple(dict.fromkeys(term.source for term in self.terms))
@@ -249,6 +262,18 @@ def refuse_nonfinite(of: Sum, found: LowRank | Tensor) -> None:
     for tensor in (found.up, found.down) if isinstance(found, LowRank) else (found,):
         if tensor.numel() and not all(math.isfinite(float(extreme)) for extreme in tensor.aminmax()):
             raise ValueRefused("", f"{quote(of.name)} holds NaN or Inf, and has no factors")
+
+
+def kronecker(of: Sum, inputs: Sequence[Tensor]) -> tuple[LowRank, LowRank]:
+    """The two matrices of a sum that is their Kronecker product. Raises ValueRefused for NaN and Inf."""
+    import torch
+
+    term = of.terms[0]
+    assert term.family.kronecker is not None
+    a, b = (LowRank(*pair) for pair in term.family.kronecker(_parts(term, inputs, torch.float64)))
+    if not all(bool(f.isfinite().all()) for f in (a.up, a.down, b.up, b.down)):
+        raise ValueRefused("", f"{quote(of.name)} holds NaN or Inf, and has no factors")
+    return (a if term.apart or term.strength == 1 else a.scale(term.strength)), b
 
 
 def by_file(of: Sum, inputs: Sequence[Tensor]) -> dict[int, LowRank | Tensor]:

@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING, NamedTuple
 from weightops.errors import ValueRefused, quote
 from weightops.lora.compat import CompatTerm, merged
 from weightops.lora.factorise import factorise_many, factorise_nbytes, spectrum
-from weightops.lora.lowrank import LowRank, add, norm, singular_values, truncate_many, truncate_nbytes
+from weightops.lora.lowrank import (
+    LowRank,
+    add,
+    kronecker_nbytes,
+    norm,
+    singular_values,
+    truncate_kronecker,
+    truncate_many,
+    truncate_nbytes,
+)
 from weightops.lora.rank import Spectrum
 from weightops.merging.method import store
 from weightops.merging.rounding import generator_for
 from weightops.ops.difference import distance, distance_nbytes, frobenius
-from weightops.ops.sums import Sum, factors, total
+from weightops.ops.sums import Sum, factors, kronecker, total
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,8 +53,7 @@ def cut(sums: Sequence[Sum], rank: int, *, scales: Sequence[float], seed: int) -
     """
 
     def compute(inputs: Sequence[Tensor], outputs: Sequence[Tensor], _block: Block) -> list[Found]:
-        totals = [total(of, given) for of, given in zip(sums, _shares(sums, inputs), strict=True)]
-        best = _best(sums, totals, rank, seed)
+        best = _best(sums, _shares(sums, inputs), rank, seed)
         return [
             _written(found, outputs[2 * i], outputs[2 * i + 1], scale)
             for i, (found, scale) in enumerate(zip(best, scales, strict=True))
@@ -56,12 +64,19 @@ def cut(sums: Sequence[Sum], rank: int, *, scales: Sequence[float], seed: int) -
 
 def cut_nbytes(of: Sum, rank: int) -> int:
     """The most that `cut` takes for one sum beside its inputs and outputs."""
+    if of.is_kronecker:
+        values = sum(source.spec.values for source in of.terms[0].parts.values())
+        work = 24 * values + kronecker_nbytes(*of.kronecker_sides, rank)
+        return max(work, distance_nbytes(of.out, of.n, rank) + 8 * rank * (of.out + of.n))
     stored = sum(term.product_rank for term in of.terms) if of.is_product else 0
     work = truncate_nbytes(of.out, of.n, stored, rank) if of.is_product else factorise_nbytes(of.out, of.n, rank)
     return of.nbytes() + max(work, distance_nbytes(of.out, of.n, rank) + 4 * rank * (of.out + of.n))
 
 
-def _best(sums: Sequence[Sum], totals: Sequence[LowRank | Tensor], rank: int, seed: int) -> list[Factorised]:
+def _best(sums: Sequence[Sum], shares: Sequence[Sequence[Tensor]], rank: int, seed: int) -> list[Factorised]:
+    if all(of.is_kronecker for of in sums):
+        return [truncate_kronecker(*kronecker(of, given), rank) for of, given in zip(sums, shares, strict=True)]
+    totals = [total(of, given) for of, given in zip(sums, shares, strict=True)]
     products = [found for found in totals if isinstance(found, LowRank)]
     if len(products) == len(totals):
         return truncate_many(products, [rank] * len(products))
@@ -219,8 +234,11 @@ def spectra(
     """A scan: the singular values of a sum. nbytes: of one rank's factors."""
 
     def compute(inputs: Sequence[Tensor], _outputs: Sequence[Tensor], _block: Block) -> Spectrum:
-        found = total(of, inputs)
-        if isinstance(found, LowRank):
+        if of.is_kronecker:
+            small, large = (singular_values(x) for x in kronecker(of, inputs))
+            values = sorted((a * b for a in small for b in large), reverse=True)
+            energy = math.fsum(v * v for v in values)
+        elif isinstance(found := total(of, inputs), LowRank):
             values = list(singular_values(found))
             energy = math.fsum(v * v for v in values)
         else:
@@ -233,6 +251,9 @@ def spectra(
 def spectra_nbytes(of: Sum) -> int:
     """The most that `spectra` takes beside its inputs."""
     side = min(of.out, of.n)
+    if of.is_kronecker:
+        values = sum(source.spec.values for source in of.terms[0].parts.values())
+        return 24 * values + kronecker_nbytes(*of.kronecker_sides, 0)
     if not of.is_product:
         return of.nbytes() + 24 * side * side + 24 * of.out * of.n
     stored = sum(term.product_rank for term in of.terms)

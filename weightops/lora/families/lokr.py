@@ -114,13 +114,24 @@ def _delta(p: Parts, rows: slice) -> Tensor:
     return ((w1 * _scale(p))[first, :, None] * w2[:, None, :]).reshape(len(wanted), *p.shape[1:])
 
 
+def _kronecker(p: Parts) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    a, b = _left(p)
+    return (a * _scale(p), b), _right(p) or _split(p["lokr_w2"].flatten(1))
+
+
+def _sides(shapes: Shapes) -> tuple[tuple[int, int], tuple[int, int]]:
+    first, second = _first(shapes), _second(shapes)
+    assert first is not None
+    assert second is not None
+    return (first[0], first[1]), (second[0], math.prod(second[1:]))
+
+
 def _lowrank(p: Parts) -> tuple[Tensor, Tensor]:
     """(a1 b1) ⊗ (a2 b2) = (a1 ⊗ a2)(b1 ⊗ b2): the mixed-product property. The rank is the product of both."""
     import torch
 
-    a1, b1 = _left(p)
-    a2, b2 = _right(p) or _split(p["lokr_w2"].flatten(1))
-    return torch.kron(a1 * _scale(p), a2.contiguous()), torch.kron(b1, b2)
+    (a1, b1), (a2, b2) = _kronecker(p)
+    return torch.kron(a1, a2.contiguous()), torch.kron(b1, b2)
 
 
 def _product_rank(shapes: Shapes) -> int:
@@ -153,5 +164,7 @@ FAMILIES.register(
         delta=_delta,
         lowrank=_lowrank,
         product_rank=_product_rank,
+        kronecker=_kronecker,
+        kronecker_sides=_sides,
     ),
 )

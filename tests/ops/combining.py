@@ -26,8 +26,7 @@ ROUNDING = {torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 def combined(*loras: Any, **words: Any) -> Report:
     """The report of what is written to OUT, or where `output` says, and read back where nothing else is asked."""
-    words = {"output": OUT, "force": True, "verify": not {"dry_run", "interference_only"} & words.keys()} | words
-    return combine(*loras, **words)
+    return combine(*loras, **{"output": OUT, "force": True, "verify": True} | words)
 
 
 def weighted(*loras: tuple[Path, float], names: Sequence[Mapping[str, str]] = ()) -> dict[str, Tensor]:

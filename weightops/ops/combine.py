@@ -90,19 +90,8 @@ def combine(
     asked = [parse(lora) for lora in loras]
     if len(asked) < 2:
         raise UsageError("combine", f"found {len(asked)} LoRA, expected two or more", "resize is for one")
-    ranked = next(
-        (
-            option
-            for option, value in (
-                ("--rank", rank),
-                ("--conv-rank", conv_rank),
-                ("--max-rank", max_rank),
-                ("--max-conv-rank", max_conv_rank),
-            )
-            if value is not None
-        ),
-        None,
-    )
+    ranks = {"--rank": rank, "--conv-rank": conv_rank, "--max-rank": max_rank, "--max-conv-rank": max_conv_rank}
+    ranked = next((option for option, value in ranks.items() if value is not None), None)
     _check(method, ema, compat, asked, exact=exact, ranked=ranked)
     if not dry_run:
         import_torch_ahead()

@@ -131,6 +131,10 @@ class LinedUp:
     def is_folder(self) -> bool:
         return self.dialect is not None and self.dialect.folder
 
+    def name(self, component: str, prefix: str, module: str) -> str:
+        """A module's name in what is said of it: in a folder, components may have modules of one name."""
+        return f"{component}.{prefix}{module}" if self.is_folder else prefix + module
+
     def claim(self, component: str, prefix: str, module: str, part: str) -> str:
         """The key of a part in the output. Raises MismatchError for one that is taken."""
         key = prefix + module + self.endings[part]
@@ -355,7 +359,7 @@ def _combine(
         _vectors(lined, share, merged, vectors, has_factors=term is not None)
     if terms:
         lined.modules.append(_module(lined, component, prefix, module, terms, rows))
-        lined.keys[prefix + module] = keys
+        lined.keys[lined.name(component, prefix, module)] = keys
         lined.used.update(keys)
     is_norm = any(share.adapter.family.name == "norm" for share, _ in placed.values())
     for kind, summands in vectors.items():
@@ -465,7 +469,7 @@ def _strength(lined: LinedUp, share: Share) -> tuple[float | None, Told]:
 
 def _module(lined: LinedUp, component: str, prefix: str, module: str, terms: Sequence[Term], rows: int) -> Module:
     """The module that these terms make, which are in the order of their files."""
-    name = prefix + module
+    name = lined.name(component, prefix, module)
     widths = {term.n for term in terms}
     if len(widths) > 1:
         said = ", ".join(f"{lined.files[t.source].label}: {list(t.shape)}" for t in terms)
@@ -571,7 +575,7 @@ def _vector(
     if _says_diff(lined):
         part = ("w_norm" if is_norm else "diff") if kind == "norm" else "b_norm" if is_norm else "diff_b"
     elif kind == "bias" and has_factors:
-        part, beside = "bias", prefix + module
+        part, beside = "bias", lined.name(component, prefix, module)
     else:
         assert lined.dialect is not None
         why = f"{lined.dialect.name} has no differences of biases and norms"

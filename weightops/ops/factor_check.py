@@ -37,6 +37,8 @@ def check_factors(
         made = {m.of.name: m for m in modules_of(output, read_own(output)).modules}
         for n in chosen:
             name, told = said[n]["name"], said[n]["error"]
+            if name not in made:  # of the one component in a folder
+                name = name.removeprefix(f"{modules[n].component}.")
             if name not in made:
                 raise ValueRefused(str(written), f"{quote(name)} is not there, or not as it was written")
             off = _off(_read(modules[n], sources), _read(made[name], (output,)))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightops.errors import UsageError
-from weightops.lora.rank import KINDS, RankRule, Spectrum, allocate
+from weightops.lora.rank import KINDS, RankRule, Spectrum, allocate, ranks_for
 
 torch.set_num_threads(1)
 
@@ -257,3 +257,48 @@ def test_an_error_out_of_reach_gets_all_there_is() -> None:
     assert allocate(RankRule.parse("error:1"), spectra) == [0, 0, 0]
     assert allocate(RankRule.parse("error:0.5"), []) == []
     assert allocate(RankRule.parse("size:1MB"), []) == []
+
+
+def test_what_one_rank_for_all_leaves_over_is_filled() -> None:
+    """One rank of each keeps more than the ranks that tell most per byte, and seven bytes are left for two more."""
+    spectra = [Spectrum([2.0, 1.9, 1.8], 10.85, 3), Spectrum([5.0], 25.0, 30)]
+    assert allocate(RankRule.parse("size:40B"), spectra) == [3, 1]
+
+
+# ------------------------------------------------------------------------------------------------ a file
+
+
+def file_of(spectra: list[Spectrum], ranks: list[int] | tuple[int, ...]) -> int:
+    """Bytes with a header that has an entry for each module, and offsets in decimal."""
+    entries = [f"{s.nbytes * r:,}" for s, r in zip(spectra, ranks, strict=True) if r]
+    return 8 * math.ceil(sum(40 + len(entry) for entry in entries) / 8) + cost(spectra, ranks)
+
+
+@given(several(), st.integers(1, 600))
+@settings(deadline=None)
+def test_a_file_of_a_size_keeps_more_than_with_any_one_rank_and_has_no_room_left(
+    spectra: list[Spectrum], limit: int
+) -> None:
+    spectra = [Spectrum(s.values, s.energy, 7 * s.nbytes, s.weight) for s in spectra]
+    rules, sizes = [RankRule("size", limit)] * len(spectra), [(64, 64)] * len(spectra)
+    ranks = ranks_for(rules, spectra, sizes, lambda ranks: file_of(spectra, ranks))
+    assert not any(ranks) or file_of(spectra, ranks) <= limit
+    for rank in range(1, 5):
+        same = [min(rank, len(s.values)) for s in spectra]
+        if file_of(spectra, same) <= limit:
+            assert gain(spectra, ranks) >= gain(spectra, same) - 1e-9
+    for number, spectrum in enumerate(spectra):
+        if ranks[number] < len(spectrum.values):
+            more = [rank + (n == number) for n, rank in enumerate(ranks)]
+            assert file_of(spectra, more) > limit - 60  # an entry of the header
+
+
+@given(several(), st.integers(1, 6000))
+@settings(deadline=None)
+def test_a_file_of_a_size_is_near_the_best_there_is(spectra: list[Spectrum], limit: int) -> None:
+    """Brute force: less than what one more rank holds. A rank takes more bytes than its module in the header."""
+    spectra = [Spectrum(s.values, s.energy, 100 * s.nbytes, s.weight) for s in spectra]
+    rules, sizes = [RankRule("size", limit)] * len(spectra), [(64, 64)] * len(spectra)
+    ranks = ranks_for(rules, spectra, sizes, lambda ranks: file_of(spectra, ranks))
+    best = max(gain(spectra, r) for r in every(spectra) if not any(r) or file_of(spectra, r) <= limit)
+    assert gain(spectra, ranks) >= best - max((s.gain(1) for s in spectra), default=0) - 1e-9

@@ -6,14 +6,13 @@ import hashlib
 import json
 import math
 import shutil
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from locon import BLOCK, ENCODER, KERNEL, KEY, LAST, MODULES, POINT, QUERY, locon, matrices, off, product, values_of
-from loras import Maker, convert, deltas, header, metadata_of, modules_of, named, raw, save, target, tensors_of
+from locon import BLOCK, ENCODER, KERNEL, KEY, LAST, MODULES, POINT, QUERY, locon, matrices, off, product
+from loras import Maker, convert, header, metadata_of, named, raw, save, target, tensors_of
 from torch import Tensor, nn
 
 from weightops.errors import FormatError, MismatchError, OutputError, UsageError, ValueRefused, WeightopsError
@@ -53,7 +52,8 @@ UNET = {m: MODULES[m] for m in MODULES if not m.startswith("lora_te")}
 def test_every_dialect_stays_what_it_is(dialect: str, alpha: float, rule: int | str) -> None:
     to = dialect.partition(",")[0]
     modules = UNET if "," in dialect else MODULES
-    source = target(Path("in").absolute(), to)
+    Path("in").mkdir()
+    source = target(Path("in"), to)
     convert(save(Path("lora.safetensors"), locon(modules, alpha=alpha)), to, source)
     out = Path("out") if to == "peft" else Path("out.safetensors")
     report = resize(source, rank=rule, output=out, verify=True)
@@ -145,7 +145,12 @@ class Tower(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        block = {"to_q": nn.Linear(24, 32), "to_k": nn.Linear(24, 32), "conv": nn.Conv2d(8, 16, 3), "proj": nn.Linear(16, 8)}
+        block = {
+            "to_q": nn.Linear(24, 32),
+            "to_k": nn.Linear(24, 32),
+            "conv": nn.Conv2d(8, 16, 3),
+            "proj": nn.Linear(16, 8),
+        }
         self.blocks = nn.ModuleList([nn.ModuleDict(block)])
         self.proj = nn.Linear(16, 12)
         self.dummy = nn.Linear(24, 32)
@@ -196,13 +201,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_peft_loads_its_folder_again_and_acts_as_the_report_says(name: str, rule: int | str) -> None:
     peft = pytest.importorskip("peft")
     cls, words = CONFIGS[name]
-    before = trained(getattr(peft, cls)(target_modules=TARGETS, **words), Path("saved"))
+    # A LoHa's kernel is flat in the file, and no table has this tower's.
+    targets = [m for m in TARGETS if name != "loha" or m != "blocks.0.conv"]
+    before = trained(getattr(peft, cls)(target_modules=targets, **words), Path("saved"))
     report = resize("saved", rank=rule, output="out", verify=True)
     after = changes(peft.PeftModel.from_pretrained(Tower(), "out"))
     config = json.loads(Path("out/adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert config["use_rslora"] is False
-    assert before.keys() == after.keys() == set(TARGETS)
+    assert before.keys() == after.keys() == set(targets)
     for key, row in rows(report).items():
         module = key.removeprefix("base_model.model.")
         assert math.isclose(row["delta_norm"], float(before[module].norm()), rel_tol=1e-5), module
@@ -228,24 +235,25 @@ def test_pefts_targets_are_the_modules_that_are_left_and_no_others() -> None:
     assert changes(peft.PeftModel.from_pretrained(Tower(), "out")).keys() == {"proj"}
 
 
-@pytest.mark.parametrize("base", [False, True])
-def test_pefts_dora_keeps_its_magnitudes_or_becomes_a_lora(base: bool) -> None:
+def test_pefts_dora_keeps_its_magnitudes() -> None:
     peft = pytest.importorskip("peft")
     trained(peft.LoraConfig(target_modules=TARGETS[:2], r=6, lora_alpha=6, use_dora=True), Path("saved"))
-    words: dict[str, Any] = {}
-    if base:
-        with pytest.raises(MismatchError, match="cannot tell which of its weights"):
-            state = Tower().state_dict()
-            resize("saved", rank=2, base=save(Path("base.safetensors"), state), output="out")
-        return
-    report = resize("saved", rank=2, output="out", **words)
+    report = resize("saved", rank=2, output="out")
     assert json.loads(Path("out/adapter_config.json").read_text())["use_dora"] is True
     first, second = raw(Path("saved")), raw(Path("out"))
     keys = [key for key in first if "magnitude" in key]
     assert len(keys) == 2
     assert [first[key] for key in keys] == [second[key] for key in keys]
-    assert any("magnitudes (DoRA) are kept" in w for w in report.warnings)
+    assert report.warnings == ["magnitudes (DoRA) are kept, and the errors are those of ΔW without them"]
     changes(peft.PeftModel.from_pretrained(Tower(), "out"))
+
+
+def test_a_base_of_other_names_does_not_tell_what_is_changed() -> None:
+    peft = pytest.importorskip("peft")
+    trained(peft.LoraConfig(target_modules=TARGETS[:2], r=6, lora_alpha=6, use_dora=True), Path("saved"))
+    base = save(Path("base.safetensors"), Tower().state_dict())
+    with pytest.raises(MismatchError, match=r"^base.safetensors: cannot tell which of its weights '.*' changes$"):
+        resize("saved", rank=2, base=base, output="out")
 
 
 def test_a_folder_is_named_after_its_input() -> None:
@@ -332,7 +340,7 @@ def test_a_file_of_whole_differences_alone_has_no_rank_to_say() -> None:
     report = resize(source, rank=30, output="out.safetensors", verify=True)
     assert raw(Path("out.safetensors")) == raw(source)
     assert rows(report)[QUERY]["method"] == "whole"
-    assert "ss_network_dim" not in metadata_of(Path("out.safetensors"))
+    assert metadata_of(Path("out.safetensors"))["ss_network_dim"] == "12"
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -352,7 +360,7 @@ def broken() -> dict[str, tuple[dict[str, Tensor], str]]:
         "two alphas": (whole | {f"{KEY}.alpha": torch.ones(2)}, rf"{KEY!r} has an alpha of shape \[2\]"),
         "an alpha that is none": (whole | {f"{KEY}.alpha": torch.tensor(math.nan)}, f"{KEY!r} has alpha nan"),
         "stranger": (whole | {"what.is.this": torch.ones(2)}, "keys of no known scheme: 'what.is.this'"),
-        "checkpoint": ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(32, 4, 3, 3)}, "lora.safetensors: "),
+        "checkpoint": ({"model.diffusion_model.out.2.weight": torch.ones(4, 32, 3, 3)}, "lora.safetensors: "),
         "by number": ({"unet:0:up": torch.ones(4, 2), "unet:0:down": torch.ones(2, 4)}, "names its modules by number"),
         "embedding": ({"emb_params": torch.ones(1, 768)}, "holds no adapter modules"),
         "norms": ({f"{BLOCK}_norm.w_norm": torch.ones(320)}, "has no module that can be cut to a rank"),
@@ -373,9 +381,8 @@ def test_what_is_broken_is_named(kind: str) -> None:
 def test_a_file_that_is_cut_short_is_named() -> None:
     source = save(Path("lora.safetensors"), locon())
     source.write_bytes(source.read_bytes()[:-100])
-    with pytest.raises(FormatError, match=r"^lora.safetensors: ") as caught:
+    with pytest.raises(FormatError, match=r"^lora.safetensors: tensor '.*' ends at byte 60,044, but the file holds "):
         resize(source, rank=4, output="out.safetensors")
-    assert "bytes" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -434,9 +441,9 @@ def test_a_dry_run_writes_nothing_and_says_the_size(rule: int | str) -> None:
     if rule == 4:
         assert dry.bytes_written == size
     else:
-        assert [w for w in dry.warnings if w not in done.warnings] == [
-            f"the size is the largest that it can be: what --rank {rule} keeps depends on the data"
-        ]
+        (warning,) = (w for w in dry.warnings if w not in done.warnings)
+        assert warning.startswith("the size is the largest that it can be: what --rank ")
+        assert warning.endswith("keeps depends on the data")
     if rule == "size:20kB":
         assert dry.bytes_written == 20_000
     with pytest.raises(OutputError, match="exists"):
@@ -454,7 +461,7 @@ def test_verify_sees_what_is_not_as_it_was_said(part: str, rule: int | str, monk
         if not words["dry_run"]:
             tensors = tensors_of(Path("out.safetensors"))
             key = f"{QUERY}.alpha" if part == "alpha" else f"{QUERY}.lora_{part}.weight"
-            tensors[key] = tensors[key] * 1.01
+            tensors[key] = tensors[key] * 1.1
             save(Path("out.safetensors"), tensors)
         return report
 
@@ -466,7 +473,9 @@ def test_verify_sees_what_is_not_as_it_was_said(part: str, rule: int | str, monk
 
 def test_verify_looks_at_what_was_kept_too() -> None:
     tensors = locon({m: MODULES[m] for m in (POINT, LAST, ENCODER)}, rank=3, alpha=None)
-    report = resize(save(Path("lora.safetensors"), tensors), rank=6, output="out.safetensors", verify=True, dtype="bf16")
+    report = resize(
+        save(Path("lora.safetensors"), tensors), rank=6, output="out.safetensors", verify=True, dtype="bf16"
+    )
     assert report.verified["modules"] == 3
     assert report.verified["largest_difference"] < 1e-6
 

@@ -11,7 +11,8 @@ import click
 from weightops.cli import options, render
 from weightops.cli.main import print_error
 from weightops.errors import OutputError, UsageError, WeightopsError
-from weightops.ops.resize import resize
+from weightops.lora.settings import plain
+from weightops.ops.resize import resize, rules_of
 
 # sd-scripts' names of what `--rank` says.
 _METHODS = {"sv_ratio": "ratio", "sv_cumulative": "cumulative", "sv_fro": "fro"}
@@ -64,6 +65,8 @@ def command(
         from weightops.cli.plots import check_plot
 
         check_plot(Path(plot), force=rest["force"])
+    # Once, and not for each file.
+    rules_of(rest["rank"], rest["conv_rank"], rest["max_rank"], rest["max_conv_rank"], plan=rest["plan"])
     folder = _folder(output) if output is not None and len(files) > 1 else None
     documents: list[Any] = []
     code = 0
@@ -111,7 +114,11 @@ def _translate(
     if ours:
         raise UsageError(given[0], f"says what {ours[0]} says, and both are there", "use the words of one tool")
     if method is not None:
-        rest |= {"rank": f"{_METHODS[method]}:{param}", "max_rank": new_rank, "max_conv_rank": new_conv_rank}
+        rest |= {
+            "rank": f"{_METHODS[method]}:{plain(param or 0)}",
+            "max_rank": new_rank,
+            "max_conv_rank": new_conv_rank,
+        }
     elif new_rank is None:
         raise UsageError("--new_conv_rank", "stands with --new_rank")
     else:

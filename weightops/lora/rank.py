@@ -219,9 +219,6 @@ class Spectrum:
         return self.weight * math.fsum(v * v for v in self.values[:rank])
 
 
-_TRIES = 6  # to come close to a size
-
-
 def ranks_for(
     rules: Sequence[RankRule], given: Sequence[Spectrum], sizes: Sequence[tuple[int, int]],
     size_of: Callable[[Sequence[int]], int],
@@ -245,19 +242,21 @@ def ranks_for(
 
 def _fitting(limit: int, spectra: Sequence[Spectrum], size_of: Callable[[Sequence[int]], int]) -> list[int]:
     """The ranks that keep the most in a file of so many bytes; none, where no rank fits."""
-    found, left = [[0] * len(spectra)], limit
-    for _ in range(_TRIES):
+    found = [[0] * len(spectra)]
+    low, high, left = 0, limit, limit  # bytes of factors with which the file fits; above which it does not; to try
+    while low < high:
         ranks = allocate(RankRule("size", left), spectra)
-        if not any(ranks):
-            break
-        size = size_of(ranks)
-        if size <= limit:
-            found.append(ranks)
+        size = size_of(ranks) if any(ranks) else 0
         # What stands beside the factors, such as the header, grows a little with each rank or module.
         room = limit - (size - _nbytes(spectra, ranks))
-        if size <= limit and room <= left:
-            break
-        left = room
+        if size > limit:
+            high = left - 1
+        else:
+            found.append(ranks)
+            if room <= left:
+                break
+            low = left
+        left = room if low < room <= high else (low + high + 1) // 2
     steps = range(1, 1 + max((len(s.values) for s in spectra), default=0))
     same = bisect.bisect_right(steps, limit, key=lambda rank: size_of(_uniform(spectra, rank)))
     if same:

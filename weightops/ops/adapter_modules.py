@@ -18,7 +18,7 @@ from weightops.lora.pieces import sources, within
 from weightops.lora.settings import FILE, HEADER, peft_config, read_settings
 from weightops.lora.targets import unflattened
 from weightops.naming.identify import identify
-from weightops.naming.keymap import ARCHITECTURES, swaps
+from weightops.naming.keymap import ARCHITECTURES, NETWORKS, swaps
 from weightops.ops.align import Name, places_of
 from weightops.ops.dialect_settings import told
 from weightops.ops.factor_plan import Module
@@ -205,7 +205,8 @@ def _module(
         bound = {part: adapter.shapes[part] for part in biases if part in family.optional}
         scale = (family.scale(Description(adapter.shapes, alpha, told)) or 1.0) if bound else 1.0
         term = Term(0, adapter.name, family, rest, alpha, told, 1 / scale, whole, frame=frame, base=base.number)
-        return Module(Sum(adapter.name, (term,), whole), component, _names(own, adapter, endings),
+        name = _of_a_lora(own, adapter)
+        return Module(Sum(name, (term,), whole), component, _names(own, adapter, endings, name),
                       dtype_of(parts), adapter.body, scale, kept=bound)  # fmt: skip
     if family.delta is None or (dora and (plain or family.lowrank is None)):
         why = "it has a magnitude (DoRA)" if dora and family.delta is not None else f"its family is {family.name}"
@@ -224,8 +225,8 @@ def _module(
     is_lora = family.name == "lora" and not (plain and "mid" in mine)
     stored = {part: key for part, key in keys.items() if part in mine or part == "alpha"} if is_lora else {}
     return Module(
-        Sum(adapter.name, (term,), shape), component, _names(own, adapter, endings) | dict(stored), dtype_of(parts),
-        adapter.body, scale, stored, adapter.rank if is_lora else None,
+        Sum(adapter.name, (term,), shape), component, _names(own, adapter, endings, adapter.name) | dict(stored),
+        dtype_of(parts), adapter.body, scale, stored, adapter.rank if is_lora else None,
         {part: adapter.shapes[part] for part in along},
     )  # fmt: skip
 
@@ -235,12 +236,23 @@ def dtype_of(parts: Mapping[str, Source]) -> str:
     return next(source.spec.dtype for source in parts.values() if source.spec.dtype in ARITHMETIC)
 
 
-def _names(own: OwnModules, adapter: Adapter, endings: Mapping[str, str]) -> dict[str, str]:
+def _of_a_lora(own: OwnModules, adapter: Adapter) -> str:
+    """What it is called as a LoRA: kohya's OFT alone begins with oft_unet_, where no tool looks for one."""
+    if adapter.beginning.text != "oft_unet_":
+        return adapter.name
+    found = f"lora_unet_{adapter.body}"
+    return adapter.name if any(other.name == found for other in own.found.adapters) else found
+
+
+def _names(own: OwnModules, adapter: Adapter, endings: Mapping[str, str], name: str) -> dict[str, str]:
     """The keys of a LoRA in the adapter's place; one for alpha where this file has alphas among its tensors."""
-    parts = ["up", "down", "diff"]
+    parts = ["up", "down"]
+    dialect = DIALECTS.get(own.found.dialect or "")
+    if (dialect is None or dialect.alpha == "tensor") and not own.is_folder:  # PEFT and diffusers have no whole ones
+        parts.append("diff")
     if "alpha" in adapter.keys or (own.has_alphas and not own.has_settings):
         parts.append("alpha")
-    return {part: adapter.name + endings[part] for part in parts}
+    return {part: name + endings[part] for part in parts}
 
 
 # ------------------------------------------------------------------------------------------------ what is said beside
@@ -259,8 +271,10 @@ def settings_of(
     for component, module in written:
         by_component.setdefault(component if component in settings else "", []).append(module)
     header = opened.metadata.get(HEADER)
-    said = header is not None or own.is_folder
-    configs = {name: _config(settings.get(name, {}), modules) for name, modules in by_component.items() if said}
+    known = _known(own) if settings else []
+    configs = {
+        name: _config(settings[name], modules, known) for name, modules in by_component.items() if name in settings
+    }
     if header is not None:
         flat = {f"{name}.{k}": v for name, config in configs.items() for k, v in config.items()}
         metadata[HEADER] = json.dumps(flat, indent=2, sort_keys=True)
@@ -281,9 +295,19 @@ def settings_of(
     return metadata, tuple(files), extras
 
 
-def _config(given: Mapping[str, Any], modules: Sequence[Setting]) -> dict[str, Any]:
+def _known(own: OwnModules) -> list[str]:
+    """Names that the network has, as far as they are known: those of the file, and its architecture's."""
+    found = [adapter.body for adapter in own.found.adapters]
+    if own.found.architecture is not None:
+        for component in ARCHITECTURES.get(own.found.architecture).components:
+            network = NETWORKS.get(component.network)
+            found += [rule.key for rule in network.tables()[network.canonical].rules]
+    return found
+
+
+def _config(given: Mapping[str, Any], modules: Sequence[Setting], known: Sequence[str]) -> dict[str, Any]:
     """PEFT's configuration of LoRAs of these ranks, and all else that the given one says."""
-    made = peft_config("lora", modules, [m.name for m in modules])
+    made = peft_config("lora", modules, known)
     made = {k: v for k, v in made.items() if k not in given or k not in ("lora_dropout", "bias")}
     others = {k: v for k, v in given.items() if k not in _OF_OTHERS}
     return {**others, **made, **({"peft_type": "LORA"} if "peft_type" in given else {})}
@@ -291,7 +315,7 @@ def _config(given: Mapping[str, Any], modules: Sequence[Setting]) -> dict[str, A
 
 # What settings of other families than LoRA say beside rank and alpha: LoHa, LoKr, OFT.
 _OF_OTHERS = frozenset({
-    "alpha", "use_effective_conv2d", "decompose_both", "decompose_factor", "module_dropout", "rank_dropout",
-    "rank_dropout_scale", "oft_block_size", "eps", "coft", "block_share", "use_cayley_neumann",
+    "alpha", "init_weights", "use_effective_conv2d", "decompose_both", "decompose_factor", "module_dropout",
+    "rank_dropout", "rank_dropout_scale", "oft_block_size", "eps", "coft", "block_share", "use_cayley_neumann",
     "num_cayley_neumann_terms",
 })  # fmt: skip

@@ -184,7 +184,10 @@ def _architecture(
     files: Sequence[Checkpoint], found: Sequence[AdapterFile], wish: Wish, base: Base | None
 ) -> Architecture | None:
     """The one that all are for; None where no known one has modules of these names."""
-    told = {one.architecture: file for one, file in zip(found, files, strict=True) if one.architecture is not None}
+    told: dict[str, Checkpoint] = {}
+    for one, file in zip(found, files, strict=True):
+        if one.architecture is not None:
+            told.setdefault(one.architecture, file)
     if base is not None and base.architecture is not None:
         told.setdefault(base.architecture, base.opened)
     if len(told) > 1:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from weightops.errors import Interrupted, MismatchError, UsageError, listing, quote
+from weightops.engine.run import import_torch_ahead
+from weightops.errors import Interrupted, MismatchError, UsageError, ValueRefused, listing, quote
 from weightops.files.checkpoint import open_checkpoint
 from weightops.lora.dialects import DIALECTS
 from weightops.lora.rank import rules_for
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from weightops.engine.run import Progress
     from weightops.files.checkpoint import Checkpoint
+    from weightops.ops.adapter_modules import OwnModules
     from weightops.ops.report import Report
 
 # The target of every adapter family.
@@ -94,36 +97,22 @@ def convert_to_lora(
 
     LoRAs stay as they are. Of other families the product is exact (LoHa, LoKr, Tucker cores), unless a rank says less;
     what has none (whole differences, and what depends on the model's weights, for which a base is needed) is factorised
-    at that rank. Raises UsageError, MismatchError.
+    at that rank. Raises UsageError, MismatchError, ValueRefused.
     """
-    if words.drop or words.check:
-        given = "--drop" if words.drop else "--check"
-        raise UsageError(given, "says nothing with --to lora", None if words.drop else "--verify does what can be done")
-    if words.alpha != "carry":
-        raise UsageError("--alpha", "says nothing with --to lora: the strength stays where it is")
+    started = time.perf_counter()
+    _check_words_of_loras(words, wish)
+    if not dry_run:
+        import_torch_ahead()
     with contextlib.ExitStack() as stack:
         base = None if wish.base is None else Base.of(stack.enter_context(open_checkpoint(wish.base)), 1)
         found = read_own(opened, architecture=words.architecture or (base.architecture if base is not None else None))
         own = modules_of(opened, found, base=base, plain=True)
-        if own.uncut:
-            first = own.uncut[0]
-            what = f"{len(own.uncut):,} tensors cannot become a LoRA: {quote(first.key)}, {first.reason}"
-            raise MismatchError(opened.label, what, "--base CHECKPOINT, the model that the file is for, makes it one")
-        check_own(own, base=base is not None, strict=words.strict)
-        made = [m for m in own.modules if m.stored_rank is None]
-        if not made:
-            raise UsageError(
-                "--to", f"{opened.label} is plain LoRA already: nothing to convert", "resize cuts its ranks"
-            )
-        inexact = [m for m in made if not m.of.is_product]
-        if inexact and wish.rank is None:
-            what = f"found none, and {modules(len(inexact))} have no exact factors: {quote(inexact[0].of.name)}"
-            raise UsageError("--rank", what, "--rank 64 or error:0.01 says how near they are to be")
-        if wish.rank is None and wish.conv_rank is not None:
-            raise UsageError("--conv-rank", "stands with --rank")
+        # Not even where a whole difference were smaller.
+        own.modules = [replace(m, keys={part: k for part, k in m.keys.items() if part != "diff"}) for m in own.modules]
+        _check_own(own, wish, strict=words.strict)
         rule, conv_rule = (None, None) if wish.rank is None else rules_for(wish.rank, wish.conv_rank)
         sources = (opened,) if base is None else (opened, base.opened)
-        said: dict[str, Any] = {"to": "lora", "seed": wish.seed}
+        said: dict[str, Any] = {"to": TO_LORA, "seed": wish.seed}
         said |= {k: str(v) for k, v in (("rank", wish.rank), ("conv_rank", wish.conv_rank)) if v is not None}
         target = named(output, stem(opened), "-lora")
         target = target.with_suffix("") if output is None and own.is_folder else target
@@ -131,7 +120,46 @@ def convert_to_lora(
             "convert", Own(own, sources, "convert", words.dtype, said), own.modules, sources, target, rule, conv_rule,
             words.dtype, wish.seed, memory, running, Bar(on_progress), force, spares=True,
         )  # fmt: skip
-        return work.write(dry_run=dry_run, verify=check)
+        try:
+            report = work.write(dry_run=dry_run, verify=check)
+        except ValueRefused as e:  # a module is named where it is found, and the file here
+            raise ValueRefused(e.where or opened.label, e.what, e.hint) from None
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _check_words_of_loras(words: Words, wish: LoraWish) -> None:
+    """Refuse words that mean nothing beside --to lora."""
+    if words.drop or words.check:
+        given = "--drop" if words.drop else "--check"
+        raise UsageError(given, "says nothing with --to lora", None if words.drop else "--verify does what can be done")
+    if words.alpha != "carry":
+        raise UsageError("--alpha", "says nothing with --to lora: the strength stays where it is")
+    if words.dtype.startswith("fp8"):
+        what = f"{words.dtype} would leave little of the factors"
+        raise UsageError("--dtype", what, "fp16 and bf16 are the usual ones")
+    if wish.rank is None and wish.conv_rank is not None:
+        raise UsageError("--conv-rank", "stands with --rank")
+
+
+def _check_own(own: OwnModules, wish: LoraWish, *, strict: bool) -> None:
+    """Refuse what cannot become a LoRA, or not without a rank; and a file of which nothing need become one."""
+    opened = own.opened
+    if own.uncut:
+        first, count = own.uncut[0], len(own.uncut)
+        what = f"{tensors(count)} cannot become a LoRA: {quote(first.key)}, {first.reason}"
+        raise MismatchError(opened.label, what, "--base CHECKPOINT, the model that the file is for, makes it one")
+    check_own(own, base=wish.base is not None, strict=strict)
+    made = [m for m in own.modules if m.stored_rank is None]
+    if not made:
+        raise UsageError("--to", f"{opened.label} is plain LoRA already: nothing to convert", "resize cuts its ranks")
+    inexact = [m for m in made if not m.of.is_product]
+    if inexact and wish.rank is None:
+        count = len(inexact)
+        what = f"found none, and {modules(count)} {'has' if count == 1 else 'have'} no exact factors"
+        raise UsageError(
+            "--rank", f"{what}: {quote(inexact[0].of.name)}", "--rank 64 or error:0.01 says how near they are to be"
+        )
 
 
 def check_kind(label: str, kind: str, to: str | None, of_checkpoints: Mapping[str, bool], words: Words) -> None:

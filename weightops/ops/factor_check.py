@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from weightops.ops.factor_plan import Module
 
 
+# What a norm may be off by, beside the product of the factors' own; a million times as much.
+_ROUNDING = 1e-9
+
+
 def check_factors(
     modules: Sequence[Module], sources: Sequence[Checkpoint], written: Path, said: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -62,17 +66,19 @@ def _read(module: Module, sources: Sequence[Checkpoint]) -> LowRank | Tensor:
         sources[entry.source].read_bytes(entry.slot, 0, len(data), data)
         given.append(as_tensor(data, entry.slot.spec).double())
     found = total(module.of, given)
+    # A peer's numbers are compared with the sum, whose terms have their strengths.
+    scale = module.scale if module.peer is None else 1.0
     if isinstance(found, LowRank):
-        return LowRank(found.up.double() * module.scale, found.down.double())
-    return found.double() * module.scale
+        return LowRank(found.up.double() * scale, found.down.double())
+    return found.double() * scale
 
 
 def _off(was: LowRank | Tensor, now: LowRank | Tensor) -> float:
-    """‖was − now‖ / ‖was‖."""
+    """‖was − now‖ / ‖was‖; of factors that cancel, beside what rounding leaves of them."""
     import torch
 
     if isinstance(was, LowRank) and isinstance(now, LowRank):
-        size = _norm(was)
+        size = max(_norm(was), _ROUNDING * float(was.up.norm() * was.down.norm()))
         rest = _norm(LowRank(torch.cat([was.up, -now.up], 1), torch.cat([was.down, now.down], 0)))
         return rest / size if size else rest
     a, b = (found.dense() if isinstance(found, LowRank) else found for found in (was, now))

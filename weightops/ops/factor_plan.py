@@ -75,8 +75,9 @@ class Module:
         """The rank that it gets where so many are wanted: no more than it has; 1, where other parts need it."""
         if self.stored_rank is not None and rank >= self.stored_rank:
             return self.stored_rank
-        most = self.of.most if self.peer is None else self.rank_before
-        return min(max(rank, 1 if self.kept else 0), most)
+        if self.peer is not None:  # which may be more than the matrix can have
+            return self.rank_before
+        return min(max(rank, 1 if self.kept else 0), self.of.most)
 
     def is_stored(self, rank: int) -> bool:
         return rank == self.stored_rank

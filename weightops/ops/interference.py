@@ -24,7 +24,7 @@ _ROWS = 16  # of which signs are compared
 class Pair(NamedTuple):
     """Two files in one module. angles: the smallest principal one between their column spaces, and the mean of the
     squared cosines of all; None: of a change that has no factors. conflicts: the share of values of opposite signs;
-    cancelled: of what they have in common, value by value, the share that has opposite signs.
+    cancelled: of what they have in common, value by value, the share that has opposite signs. apart: they have nothing.
     """
 
     a: int
@@ -33,6 +33,7 @@ class Pair(NamedTuple):
     shared: float | None
     conflicts: float
     cancelled: float
+    apart: bool
 
 
 class Met(NamedTuple):
@@ -50,9 +51,17 @@ def meetings(sums: Sequence[Sum], sources: Sequence[Checkpoint]) -> list[Task]:
     ]
 
 
+def _by_factors(of: Sum) -> bool:
+    """Is it by Gram matrices of factors that changes are compared? Of many ranks these are larger than the changes."""
+    return of.is_product and sum(t.product_rank for t in of.terms) ** 2 <= 4 * len(of.files) * of.out * of.n
+
+
 def _met_nbytes(of: Sum) -> int:
-    rank = sum(term.product_rank for term in of.terms) if of.is_product else min(of.out, of.n)
-    return of.nbytes() + 32 * rank * (of.out + of.n) + 64 * _ROWS * of.n + (8 << 20)
+    rows = 96 * _ROWS * of.n
+    if not _by_factors(of):
+        return of.nbytes() + 16 * (len(of.files) + 2) * of.out * of.n + rows
+    rank = sum(term.product_rank for term in of.terms)
+    return of.nbytes() + 16 * rank * (of.out + of.n) + 64 * rank * rank + rows + (8 << 20)
 
 
 def _met(of: Sum) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], Met]:
@@ -63,7 +72,7 @@ def _met(of: Sum) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], Met]:
         for part in parts.values():
             refuse_nonfinite(of, part)
         files, changes = tuple(parts), list(parts.values())
-        products = [part for part in changes if isinstance(part, LowRank)]
+        products = [part for part in changes if isinstance(part, LowRank)] if _by_factors(of) else []
         rows = sorted({of.out * n // min(_ROWS, of.out) for n in range(min(_ROWS, of.out))})
         angles: dict[tuple[int, int], tuple[float, ...]] = {}
         if len(products) == len(changes):
@@ -80,16 +89,18 @@ def _met(of: Sum) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], Met]:
                     found = angles[i, j]
                     shared = math.fsum(math.cos(angle) ** 2 for angle in found) / len(found) if found else 0.0
                     smallest = found[0] if found else None
-                    pairs.append(Pair(files[i], files[j], smallest, shared, *sign_conflicts(a, b, rows)))
+                    signs = sign_conflicts(a, b, rows)
+                    apart = not (signs.share or sign_conflicts(a, b.scale(-1.0), rows).share)
+                    pairs.append(Pair(files[i], files[j], smallest, shared, *signs, apart))
                 else:
                     assert not isinstance(a, LowRank)
                     assert not isinstance(b, LowRank)
-                    signs = a[rows].sign() * b[rows].sign()
+                    product = a[rows].sign() * b[rows].sign()
                     smaller = torch.minimum(a[rows].abs(), b[rows].abs())
-                    both, common = int(signs.abs().sum()), float(smaller.sum(dtype=torch.float64))
-                    share = int((signs < 0).sum()) / both if both else 0.0
-                    lost = float(smaller[signs < 0].sum(dtype=torch.float64)) / common if common else 0.0
-                    pairs.append(Pair(files[i], files[j], None, None, share, lost))
+                    both, common = int(product.abs().sum()), float(smaller.sum(dtype=torch.float64))
+                    share = int((product < 0).sum()) / both if both else 0.0
+                    lost = float(smaller[product < 0].sum(dtype=torch.float64)) / common if common else 0.0
+                    pairs.append(Pair(files[i], files[j], None, None, share, lost, not both))
         return Met(files, inner, pairs)
 
     return compute
@@ -133,13 +144,14 @@ def interference(met: Mapping[str, Met], weights: Sequence[float], names: Sequen
 def _pair(pair: Pair, found: Met, names: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:
     i, j = found.files.index(pair.a), found.files.index(pair.b)
     both = weights[pair.a] * weights[pair.b]
+    sign = 0.0 if pair.apart else both
     return {
         "a": names[pair.a], "b": names[pair.b],
         "cosine": _cosine(found.gram[i][j], found.gram[i][i], found.gram[j][j], both),
         "smallest_angle": None if pair.smallest_angle is None else math.degrees(pair.smallest_angle),
         "shared": pair.shared,
-        "sign_conflicts": _of_weighted(pair.conflicts, both),
-        "cancelled": _of_weighted(pair.cancelled, both),
+        "sign_conflicts": _of_weighted(pair.conflicts, sign),
+        "cancelled": _of_weighted(pair.cancelled, sign),
     }  # fmt: skip
 
 

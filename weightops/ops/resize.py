@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
 from weightops.engine.run import Progress, ignore, import_torch_ahead
-from weightops.errors import MismatchError, UsageError, quote
+from weightops.errors import MismatchError, UsageError, ValueRefused, quote
 from weightops.files.checkpoint import open_checkpoint
 from weightops.lora.rank import OF_THE_FILE, rules_for
 from weightops.lora.settings import HEADER
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from weightops.files.checkpoint import Checkpoint
     from weightops.files.tensor import TensorSpec
+    from weightops.lora.rank import RankRule
     from weightops.ops.factor_plan import Built
     from weightops.ops.report import Report
 
@@ -71,9 +72,9 @@ def resize(
     """
     started = time.perf_counter()
     check_words(dtype, ())
-    if rank is None and not plan:
-        raise UsageError("--rank", "found none, expected a number or a rule", "--plan shows what each size would cost")
-    rule, conv_rule = rules_for(1 if rank is None else rank, conv_rank, cap=max_rank, conv_cap=max_conv_rank)
+    if dtype.startswith("fp8"):
+        raise UsageError("--dtype", f"{dtype} would leave little of the factors", "fp16 and bf16 are the usual ones")
+    rule, conv_rule = rules_of(rank, conv_rank, max_rank, max_conv_rank, plan=plan)
     if not dry_run:
         import_torch_ahead()
     with contextlib.ExitStack() as stack:
@@ -95,9 +96,21 @@ def resize(
             "resize", Own(own, sources, "resize", dtype, said), own.modules, sources, target, rule, conv_rule, dtype,
             seed, memory, {"device": device, "threads": threads}, Bar(on_progress), force, frames=own.frames,
         )  # fmt: skip
-        report = _curve(work, own) if plan else work.write(dry_run=dry_run, verify=verify)
+        try:
+            report = _curve(work, own) if plan else work.write(dry_run=dry_run, verify=verify)
+        except ValueRefused as e:  # a module is named where it is found, and the file here
+            raise ValueRefused(e.where or opened.label, e.what, e.hint) from None
     report.seconds = time.perf_counter() - started
     return report
+
+
+def rules_of(
+    rank: int | str | None, conv_rank: int | str | None, max_rank: int | None, max_conv_rank: int | None, *, plan: bool
+) -> tuple[RankRule, RankRule]:
+    """The rules of modules and of convolutions. Raises UsageError."""
+    if rank is None and not plan:
+        raise UsageError("--rank", "found none, expected a number or a rule", "--plan shows what each size would cost")
+    return rules_for(1 if rank is None else rank, conv_rank, cap=max_rank, conv_cap=max_conv_rank)
 
 
 def _target(own: OwnModules, output: str | os.PathLike[str] | None, ending: str, folder: Path | None = None) -> Path:

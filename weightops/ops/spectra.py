@@ -107,7 +107,7 @@ def _row(module: Module, spectrum: Spectrum, weight: float | None) -> dict[str, 
     """weight: the squared norm of the module's weight, where there is one."""
     norm = math.sqrt(spectrum.energy)
     return {
-        "name": module.of.name,
+        "name": module.of.terms[0].name,
         "family": module.of.terms[0].family.name,
         "shape": list(module.of.shape),
         "rank": module.rank_before,

@@ -1,0 +1,128 @@
+"""combine, law 2: what is taken beside inputs and outputs is no more than the plan says, as torch counts it."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save
+from test_fuse_memory import taken
+from test_resize_memory import KERNEL, KERNELS, MODULE, WEIGHTS, WIDE, adapter
+
+from weightops.files.checkpoint import open_checkpoint
+from weightops.merging.deltas import DELTA_METHODS
+from weightops.ops.adapter_modules import Base
+from weightops.ops.combine_plan import Wish, line_up
+from weightops.ops.factor_plan import build, scans
+from weightops.ops.interference import meetings
+from weightops.ops.sums import Blend
+from weightops.plan import Plan
+
+torch.set_num_threads(1)
+
+NARROW = (512, 1280)
+F16, F32 = torch.float16, torch.float32
+
+# Several adapters of one module: of few ranks and many, products and whole ones, and what depends on the weight.
+CASES: list[tuple[tuple[str, ...], tuple[int, ...], torch.dtype]] = [
+    (("lora", "lora"), WIDE, F16),
+    (("lora", "lora"), WIDE, F32),
+    (("lora of many ranks",) * 4, WIDE, F16),
+    (("lora",) * 10, WIDE, F32),
+    (("lora of more ranks than sides", "lora"), NARROW, F16),
+    (("loha of many ranks", "loha of many ranks"), NARROW, F16),
+    (("loha of many ranks",) * 3, (320, 320), F32),
+    (("lora of more ranks than sides",) * 6, (640, 640), F16),
+    (("loha", "lora", "factors of lokr"), WIDE, F16),
+    (("lokr", "lokr", "lora"), NARROW, F32),
+    (("full", "lora"), NARROW, F16),
+    (("full", "lora", "lora", "lora", "loha"), NARROW, F16),
+    (("full", "full", "full"), NARROW, F32),
+    (("dora", "lora", "lora"), NARROW, F16),
+    (("lora", "dora of inputs", "oft"), NARROW, F32),
+    (("lora", "tucker"), KERNELS, F16),
+    (("tucker loha", "full"), KERNELS, F16),
+]
+METHODS = {"sum": {}, "slerp": {"count": 2}, "orthogonal": {}, "ties": {}, "dare": {}, "della": {}}
+
+
+def modules(kinds: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype, wish: Wish) -> Any:
+    """The modules that are lined up, and the open files."""
+    stack = contextlib.ExitStack()
+    files = []
+    for number, kind in enumerate(kinds):
+        save(Path(f"{number}.safetensors"), adapter(kind, shape, dtype))
+        files.append(stack.enter_context(open_checkpoint(f"{number}.safetensors")))
+    base = stack.enter_context(open_checkpoint("base.safetensors"))
+    lined = line_up(files, wish, Base.of(base, len(files)))
+    return stack, lined.modules, (*files, base)
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+
+
+def based(shape: tuple[int, ...]) -> None:
+    weight = WEIGHTS[KERNEL if len(shape) > 2 else MODULE]
+    others = {"model.diffusion_model.input_blocks.1.1.proj_in.weight": torch.ones(64, 64, 1, 1),
+              "model.diffusion_model.input_blocks.0.0.weight": torch.ones(64, 4, 3, 3)}  # fmt: skip
+    save(Path("base.safetensors"), {weight: torch.randn(shape).to(torch.float16), **others})
+
+
+def assert_kept(tasks: Any, sources: Any, outputs: Any, *said: Any) -> None:
+    for task in tasks:
+        most = taken(Plan(sources, outputs, tuple(tasks)), task)
+        assert 0 < most <= task.work_nbytes, (*said, f"{most / task.work_nbytes:.2f}")
+
+
+@pytest.mark.parametrize(("kinds", "shape", "dtype"), CASES, ids=lambda value: str(value)[:60])
+def test_sums_and_how_they_meet_take_no_more_than_the_plan_says(
+    kinds: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    based(shape)
+    wish = Wish([0.7 - 0.3 * n for n in range(len(kinds))], architecture="sd15")
+    stack, (module,), sources = modules(kinds, shape, dtype, wish)
+    with stack:
+        ranks = {8, min(200, module.of.most), module.of.most}
+        for variant, rank in [*((module, rank) for rank in ranks), (replace(module, exact=True), module.of.most)]:
+            built = build([variant], [rank], sources, dtype="keep", seed=0, together=False)
+            assert_kept(built.tasks[:1], sources, built.outputs, rank, variant.exact)
+        assert_kept(scans([module], sources, "keep"), sources, {}, "spectra")
+        assert_kept(meetings([module.of], sources), sources, {}, "meetings")
+
+
+@pytest.mark.parametrize("method", [name for name, _ in DELTA_METHODS])
+@pytest.mark.parametrize(
+    ("kinds", "shape", "dtype"), [CASES[0], CASES[1], CASES[5], CASES[8], CASES[13]], ids=lambda value: str(value)[:60]
+)
+def test_methods_take_no_more_than_the_plan_says(
+    kinds: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype, method: str
+) -> None:
+    based(shape)
+    found = DELTA_METHODS.get(method)
+    weights = [0.7, 0.4]
+    blend = Blend(found, dict(enumerate(weights)), found.check({}, weights), 0)
+    stack, (module,), sources = modules(kinds, shape, dtype, Wish(weights, architecture="sd15", blend=blend))
+    with stack:
+        for rank in (8, min(200, module.of.most)):
+            built = build([module], [rank], sources, dtype="keep", seed=0, together=False)
+            assert_kept(built.tasks[:1], sources, built.outputs, rank)
+        assert_kept(scans([module], sources, "keep"), sources, {}, "spectra")
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "lora of many ranks", "lora of more ranks than sides"])
+@pytest.mark.parametrize("dtype", [F16, F32], ids=str)
+def test_a_peers_numbers_take_no_more_than_the_plan_says(kind: str, exact: bool, dtype: torch.dtype) -> None:
+    based(NARROW)
+    wish = Wish([0.7, 0.4], architecture="sd15", exact=exact, compat="sd-scripts")
+    stack, (module,), sources = modules((kind, kind), NARROW, dtype, wish)
+    with stack:
+        built = build([module], [module.rank_before], sources, dtype="keep", seed=0, together=False)
+        assert_kept(built.tasks[:1], sources, built.outputs)

@@ -97,7 +97,7 @@ def test_a_base_makes_a_lora_of_a_dora() -> None:
     ("theirs", "ours"),
     [
         (["--new_rank", "4"], ["--rank", "4"]),
-        (["--new_rank", "6", "--new_conv_rank", "2"], ["--rank", "6", "--conv-rank", "2"]),
+        (["--new_rank", "6", "--new_conv_rank", "2"], ["--rank", "6", "--conv-rank", "2", "--all-kernels"]),
         (["--dynamic_method", "sv_ratio", "--dynamic_param", "10"], ["--rank", "ratio:10"]),
         (
             ["--dynamic_method", "sv_fro", "--dynamic_param", "0.9", "--new_rank", "4"],
@@ -105,7 +105,7 @@ def test_a_base_makes_a_lora_of_a_dora() -> None:
         ),
         (
             ["--dynamic_method", "sv_cumulative", "--dynamic_param", ".8", "--new_rank", "5", "--new_conv_rank", "3"],
-            ["--rank", "cumulative:0.8", "--max-rank", "5", "--max-conv-rank", "3"],
+            ["--rank", "cumulative:0.8", "--max-rank", "5", "--max-conv-rank", "3", "--all-kernels"],
         ),
     ],
     ids=str,

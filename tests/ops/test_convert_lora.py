@@ -139,7 +139,7 @@ class Result:
         self.deltas: dict[Case, Tensor] = {}
         self.reports: dict[Path, Any] = {}
         self.targets: dict[Path, Path] = {}
-        self.files = files
+        self.files, self.names = files, names
         for path, cases in files.items():
             self.reports[path], self.targets[path] = converted(path, words)
             found, told = loras_of(self.targets[path]), rows(self.reports[path])
@@ -270,3 +270,134 @@ def test_the_whole_error_is_that_of_all_modules(
                 assert report.verified["modules"] == min(16, len(changes))
                 kept = {c for c in changes if result.rows[c]["method"] == "kept"}
                 assert kept == {c for c in changes if is_plain(c)}
+
+
+# ------------------------------------------------------------------------------------------------ what stays, what goes
+
+
+@every_source
+def test_loras_keep_their_bytes_and_all_other_keys_go_along(
+    source: torch.dtype, exact: dict[tuple[torch.dtype, str], Result], based: dict[tuple[torch.dtype, str], list[Result]]
+) -> None:
+    """LoRAs beside other families; changes of biases and norms; embeddings have a test of their own."""
+    for result in [exact[source, "keep"], *based[source, "keep"]]:
+        for path, target in result.targets.items():
+            account, before, after = result.reports[path].account, raw(path), raw(target)
+            assert sorted([*account.used, *account.copied]) == sorted(before)
+            assert (account.unused, account.surprises()) == ([], [])
+            for key in account.copied:
+                assert after[key] == before[key]
+            made = {case for case in result.files[path] if not is_plain(case) and not case.of_bias_alone}
+            gone = {f"{result.names.stored(c)}.{k}" for c in made for k in c.made(source).stored}
+            gone -= {key for key in gone if key.endswith((".diff_b", ".set_bias", ".lora_B.bias"))}
+            assert set(account.used) == gone
+            assert after.keys() - before.keys() <= {
+                f"{result.names.written(c)}.{part}" for c in made
+                for part in ("lora_up.weight", "lora_down.weight", "lora_B.weight", "lora_A.weight", "alpha")
+            }  # fmt: skip
+
+
+@pytest.mark.parametrize(("out", "features"), [(12, 40), (40, 12), (6, 288)])
+@every_source
+def test_a_product_of_more_ranks_than_the_matrix_has_is_the_matrix_and_an_identity(
+    source: torch.dtype, out: int, features: int
+) -> None:
+    maker = Maker(3, source)
+    name = "lora_unet_blocks_0_layer"
+    parts = {
+        ".hada_w1_a": maker(out, 5), ".hada_w1_b": maker(5, features), ".hada_w2_a": maker(out, 5),
+        ".hada_w2_b": maker(5, features), ".alpha": torch.tensor(2.5, dtype=source),
+    }  # fmt: skip
+    report = to_lora(save(Path("lora.safetensors"), named({name: parts})), verify=True)
+    found = tensors_of(Path("out.safetensors"))
+    up, down = found[f"{name}.lora_up.weight"], found[f"{name}.lora_down.weight"]
+    assert float(found[f"{name}.alpha"]) == 0.5 * len(down) == 0.5 * min(out, features)
+    one, matrix = (up, down) if out < features else (down, up)
+    assert torch.equal(one, torch.eye(min(out, features)).to(source))
+    p = {key: tensor.double() for key, tensor in parts.items()}
+    wanted = (p[".hada_w1_a"] @ p[".hada_w1_b"]) * (p[".hada_w2_a"] @ p[".hada_w2_b"])
+    assert off(wanted, matrix.double()) <= torch.finfo(source).eps / 2
+    assert math.isclose(rows(report)[name]["error"], off(wanted, matrix.double()), rel_tol=1e-3, abs_tol=1e-7)
+
+
+def test_a_rank_that_holds_all_of_a_change_writes_no_whole_difference() -> None:
+    """`resize` writes what is smaller; of a file that is to be plain LoRA no other tool would read it."""
+    diff = Maker(4)(32, 24)
+    save(Path("lora.safetensors"), {f"{KEY}.diff": diff, f"{KEY}.diff_b": Maker(5)(32)})
+    report = to_lora("lora.safetensors", rank=64)
+    found = tensors_of(Path("out.safetensors"))
+    assert found.keys() == {f"{KEY}.{part}" for part in ("lora_up.weight", "lora_down.weight", "diff_b")}
+    assert torch.equal(found[f"{KEY}.lora_up.weight"] @ found[f"{KEY}.lora_down.weight"], diff)
+    assert (rows(report)[KEY]["rank"], report.details["error"]) == (24, 0.0)
+    with pytest.raises(UsageError, match="plain LoRA already"):
+        to_lora("out.safetensors", output="again.safetensors")
+
+
+def test_a_file_becomes_another_dtype_as_a_whole() -> None:
+    """LoRAs beside it are rounded once, and say so."""
+    tensors = {k: t.float() for k, t in locon().items() if not k.startswith(KEY)} | lokr(KEY, (4, 4), (8, 6))
+    save(Path("lora.safetensors"), tensors)
+    for dtype, name in DTYPES.items():
+        report = to_lora("lora.safetensors", dtype=name, verify=True)
+        after = tensors_of(Path("out.safetensors"))
+        assert {t.dtype for t in after.values() if t.ndim} == {dtype}
+        for key, tensor in tensors.items():
+            if tensor.ndim and not key.startswith(KEY):
+                assert torch.equal(after[key], tensor.to(dtype))
+        plain = loras_of(Path("out.safetensors"))
+        for module, (parts, alpha) in modules_of(Path("lora.safetensors")).items():
+            error = off(delta(parts, alpha), plain[module].reshape(delta(parts, alpha).shape))
+            assert math.isclose(rows(report)[module]["error"], error, rel_tol=1e-3, abs_tol=1e-7), module
+            assert (error > 0) == (dtype is not torch.float32 or module == KEY)
+
+
+def lokr(name: str, first: tuple[int, int], second: tuple[int, ...], alpha: float | None = None) -> dict[str, Tensor]:
+    maker = Maker(len(name))
+    parts = {".lokr_w1": maker(*first), ".lokr_w2": maker(*second)}
+    return named({name: parts if alpha is None else parts | {".alpha": torch.tensor(alpha)}})
+
+
+def test_alphas_stand_where_the_file_has_them() -> None:
+    """Beside the factors where any stands there; a LoRA without one is as strong as it stands."""
+    with_alpha = lokr(KEY, (4, 4), (8, 6), 3.0) | {
+        f"{QUERY}.lora_up.weight": torch.ones(32, 2), f"{QUERY}.lora_down.weight": torch.ones(2, 32)
+    }
+    save(Path("with.safetensors"), with_alpha)
+    save(Path("without.safetensors"), {k: t for k, t in with_alpha.items() if not k.endswith("alpha")})
+    for name, keys in (("with", {f"{KEY}.alpha"}), ("without", set())):
+        report = to_lora(f"{name}.safetensors")
+        found = tensors_of(Path("out.safetensors"))
+        assert {key for key in found if key.endswith("alpha")} == keys
+        assert rows(report)[KEY]["rank"] == 24
+        for key in keys:
+            assert float(found[key]) == 24
+
+
+METADATA = {
+    "ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo": "lokr"}', "ss_network_dim": "10000",
+    "ss_network_alpha": "1.0", "ss_base_model_version": "sd_v1", "modelspec.title": "falcon",
+    "sshs_model_hash": "0" * 64, "modelspec.hash_sha256": "0x" + "0" * 64,
+}  # fmt: skip
+
+
+def test_metadata_tell_of_the_lora() -> None:
+    save(Path("lora.safetensors"), lokr(KEY, (4, 4), (8, 6), 1.0), METADATA)
+    to_lora("lora.safetensors")
+    found = metadata_of(Path("out.safetensors"))
+    assert not found.keys() & {"ss_network_module", "ss_network_args"}
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("24", "24")
+    assert (found["ss_base_model_version"], found["modelspec.title"]) == ("sd_v1", "falcon")
+    assert found["sshs_model_hash"] not in ("0" * 64, "")
+    recipe = json.loads(found["weightops"])
+    assert {key: recipe[key] for key in ("command", "to", "dtype", "seed")} == {
+        "command": "convert", "to": "lora", "dtype": "keep", "seed": 0,
+    }  # fmt: skip
+
+
+def test_a_token_that_a_trainer_put_beside_the_factors_goes_along() -> None:
+    token = {"<token>": torch.randn(768), "bundle_emb.cat.clip_l": torch.randn(2, 768)}
+    save(Path("lora.safetensors"), lokr(KEY, (4, 4), (8, 6)) | token)
+    report = to_lora("lora.safetensors", strict=True)
+    assert sorted(report.account.copied) == sorted(token)
+    before, after = raw(Path("lora.safetensors")), raw(Path("out.safetensors"))
+    assert [after[key] for key in token] == [before[key] for key in token]

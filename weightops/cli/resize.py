@@ -28,6 +28,7 @@ _METHODS = {"sv_ratio": "ratio", "sv_cumulative": "cumulative", "sv_fro": "fro"}
 @click.option("--max-rank", type=click.IntRange(1), metavar="N", help="The most that a rule gives a module.")
 @click.option("--max-conv-rank", type=click.IntRange(1), metavar="N",
               help="The most that it gives a convolution.  [default: as --max-rank]")  # fmt: skip
+@click.option("--all-kernels", is_flag=True, help="--conv-rank is for 1x1 convolutions, too, as in sd-scripts.")
 @click.option(
     "--base", metavar="CHECKPOINT",
     help="The model it is for: makes DoRA, OFT … plain LoRA, and size: and error: weigh by its weights.",
@@ -35,7 +36,7 @@ _METHODS = {"sv_ratio": "ratio", "sv_cumulative": "cumulative", "sv_fro": "fro"}
 @click.option("--plan", is_flag=True, help="Write nothing; say what each size would cost in error.")
 @click.option("--plot", metavar="FILE.png", help="With --plan: the same as a picture.")
 @click.option("--new_rank", type=click.IntRange(1), metavar="N", help="sd-scripts' word for --rank, or --max-rank.")
-@click.option("--new_conv_rank", type=click.IntRange(1), metavar="N", help="The same of convolutions.")
+@click.option("--new_conv_rank", type=click.IntRange(1), metavar="N", help="The same of convolutions, 1x1 ones too.")
 @click.option("--dynamic_method", type=click.Choice(list(_METHODS)), help="sd-scripts' ratio:, cumulative:, fro:.")
 @click.option("--dynamic_param", type=float, metavar="X", help="What stands behind that colon.")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Of what has no exact factors.")
@@ -123,6 +124,8 @@ def _translate(
         raise UsageError("--new_conv_rank", "stands with --new_rank")
     else:
         rest |= {"rank": new_rank, "conv_rank": new_conv_rank}
+    if new_conv_rank is not None:
+        rest["all_kernels"] = True
 
 
 def _folder(output: str) -> Path:

@@ -279,8 +279,7 @@ def settings_of(
         flat = {f"{name}.{k}": v for name, config in configs.items() for k, v in config.items()}
         metadata[HEADER] = json.dumps(flat, indent=2, sort_keys=True)
     if written and "ss_network_dim" in opened.metadata:
-        metadata["ss_network_dim"] = told(opened.metadata, "ss_network_dim", {m.ranks[0] for _, m in written})
-        metadata["ss_network_alpha"] = told(opened.metadata, "ss_network_alpha", {m.ranks[1] for _, m in written})
+        metadata |= _kohya(opened.metadata, [module for _, module in written])
     if not own.is_folder:
         return metadata, (), {}
     files, extras = [], {}
@@ -293,6 +292,28 @@ def settings_of(
             config = configs.get(component, settings.get(component, {}))
             extras[f"{folder}{FILE}"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return metadata, tuple(files), extras
+
+
+def _kohya(metadata: Mapping[str, str], written: Sequence[Setting]) -> dict[str, str]:
+    """kohya's ranks and alphas; those of larger kernels stand apart where they did, among a network's arguments."""
+    try:
+        arguments = json.loads(metadata.get("ss_network_args", ""))
+    except ValueError:
+        arguments = None
+    apart = isinstance(arguments, dict) and "conv_dim" in arguments
+    kernels = [m for m in written if apart and math.prod(m.shapes["down"][2:]) > 1]
+    rest = [m for m in written if m not in kernels] or kernels
+    found = {
+        "ss_network_dim": told(metadata, "ss_network_dim", {m.ranks[0] for m in rest}),
+        "ss_network_alpha": told(metadata, "ss_network_alpha", {m.ranks[1] for m in rest}),
+    }
+    if kernels:
+        given = {key: str(arguments.get(key, "")) for key in ("conv_dim", "conv_alpha")}
+        said = {"conv_dim": told(given, "conv_dim", {m.ranks[0] for m in kernels})}
+        if "conv_alpha" in arguments:
+            said["conv_alpha"] = told(given, "conv_alpha", {m.ranks[1] for m in kernels})
+        found["ss_network_args"] = json.dumps({**arguments, **said})
+    return found
 
 
 def _known(own: OwnModules) -> list[str]:

@@ -44,7 +44,7 @@ class Cutting:
     """Modules on their way to a file of LoRAs.
 
     rule, conv_rule: None: each module keeps the largest rank that comes in. spares: those that are LoRAs already keep
-    their ranks, whatever the rule. frames: where each module's weight is in a
+    their ranks, whatever the rule. all_kernels: conv_rule is for 1×1 convolutions, too. frames: where each module's weight is in a
     base, by which `size:` and `error:` weigh; empty: they do not.
     """
 
@@ -62,6 +62,7 @@ class Cutting:
     bar: Bar
     force: bool = False
     spares: bool = False
+    all_kernels: bool = False
     frames: Mapping[str, Sequence[Slot]] = field(default_factory=dict)
     bytes_read: int = 0
     given: list[Spectrum] = field(default_factory=list)
@@ -75,7 +76,8 @@ class Cutting:
         return self.spares and module.stored_rank is not None
 
     def rule_of(self, module: Module) -> RankRule:
-        given = self.conv_rule if module.of.is_convolution else self.rule
+        is_kernel = len(module.of.shape) > 2 if self.all_kernels else module.of.is_convolution
+        given = self.conv_rule if is_kernel else self.rule
         return RankRule("rank", module.rank_before) if given is None else given
 
     def scan(self, start: float, stop: float) -> list[Spectrum]:

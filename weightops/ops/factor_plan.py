@@ -15,6 +15,7 @@ from weightops.ops.truncation import (
     as_it_is,
     as_it_is_nbytes,
     as_peer,
+    as_peer_nbytes,
     cut,
     cut_nbytes,
     joined,
@@ -226,7 +227,7 @@ def _compute(group: Sequence[Module], rank: int, seed: int) -> tuple[Any, int]:
     if first.is_whole(rank):
         return whole(first.of), whole_nbytes(first.of)
     if first.peer is not None:
-        return as_peer(first.of, concat=first.peer == "concat"), joined_nbytes(first.of)
+        return as_peer(first.of, concat=first.peer == "concat"), as_peer_nbytes(first.of)
     if first.joins(rank):
         return joined(first.of, scale=first.scale), joined_nbytes(first.of)
     compute = cut([m.of for m in group], rank, scales=[m.scale for m in group], seed=seed)

@@ -41,6 +41,7 @@ def resize(
     conv_rank: int | str | None = None,
     max_rank: int | None = None,
     max_conv_rank: int | None = None,
+    all_kernels: bool = False,
     base: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     folder: Path | None = None,
@@ -60,8 +61,9 @@ def resize(
 
     rank: a number, or a rule such as "energy:0.98" (see weightops.lora.rank.KINDS); "size:" and "error:" are of the
     whole file. conv_rank: of convolutions larger than 1×1 (None: as `rank`). max_rank, max_conv_rank: the most that a
-    rule gives a module, a convolution. A module that has fewer ranks keeps its own, as it is; the strength stays, in
-    alphas where the file has them. LoHa and LoKr become LoRA, from their exact products; a magnitude (DoRA) goes along.
+    rule gives a module, a convolution; all_kernels: these words are for 1×1 ones, too, as in sd-scripts. A module that
+    has fewer ranks keeps its own, as it is; the strength stays, in alphas where the file has them. LoHa and LoKr become
+    LoRA, from their exact products; a magnitude (DoRA) goes along.
     base: the model that the file is for; what depends on its weights (DoRA, OFT, …) becomes LoRA with it, and what
     "size:" and "error:" weigh is then each module's change relative to its weight. plan: write nothing, and say what
     each size would cost in error. dtype: of the factors. seed: of what has no exact factors, and is approximated.
@@ -87,6 +89,7 @@ def resize(
         said |= {"conv_rank": str(conv_rank)} if conv_rank is not None else {}
         said |= {"max_rank": max_rank} if max_rank is not None else {}
         said |= {"max_conv_rank": max_conv_rank} if max_conv_rank is not None else {}
+        said |= {"all_kernels": True} if all_kernels else {}
         weighs = model is not None and (plan or rule.kind in OF_THE_FILE)
         own = modules_of(opened, found, base=model, frames=weighs)
         check_own(own, base=model is not None, strict=strict)
@@ -95,6 +98,7 @@ def resize(
         work = Cutting(
             "resize", Own(own, sources, "resize", dtype, said), own.modules, sources, target, rule, conv_rule, dtype,
             seed, memory, {"device": device, "threads": threads}, Bar(on_progress), force, frames=own.frames,
+            all_kernels=all_kernels,
         )  # fmt: skip
         try:
             report = _curve(work, own) if plan else work.write(dry_run=dry_run, verify=verify)

@@ -202,6 +202,12 @@ def as_peer(of: Sum, *, concat: bool) -> Compute:
     return compute
 
 
+def as_peer_nbytes(of: Sum) -> int:
+    """The most that `as_peer` takes beside its inputs and outputs."""
+    rank = sum(term.product_rank for term in of.terms)
+    return of.nbytes() + 40 * rank * (of.out + of.n) + 96 * rank * rank + (8 << 20)
+
+
 def as_it_is(of: Sum, *, scale: float) -> Compute:
     """The compute function that copies the parts of a sum of one term, in another dtype where the outputs have one."""
     term = of.terms[0]

@@ -726,6 +726,7 @@ def plain(*names: str, **words: Any) -> list[Path]:
         ({"method": "ties", "settings": {"density": 2}}, "ties, density: found 2, expected a number above 0", None),
         ({"dtype": "fp7"}, "--dtype: unknown dtype 'fp7'", None),
         ({"dialect": "khoya"}, "--dialect: unknown dialect 'khoya'", "known are kohya, onetrainer, comfy"),
+        ({"architecture": "fluxx"}, "--architecture: unknown architecture 'fluxx'", "did you mean 'flux'?"),
         ({"ema": "0.9", "method": "ties"}, "--ema: is an average, and stands with no --method and no --compat", None),
         ({"ema": "0.9", "compat": "sd-scripts"}, "--ema: is an average", None),
         ({"compat": "kohya"}, "--compat: found 'kohya', expected sd-scripts", None),

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import weightops as command
 from locon import BLOCK, KERNEL, KEY, POINT, QUERY, locon, off
-from loras import LORAS, Maker, delta, metadata_of, modules_of, named, needs_loras, raw, save, tensors_of
+from loras import ENDINGS, LORAS, Maker, delta, metadata_of, modules_of, named, needs_loras, raw, save, tensors_of
 
 import weightops
 from weightops.errors import MismatchError, UsageError, ValueRefused, WeightopsError
@@ -27,8 +27,12 @@ from weightops.ops.fuse import fuse
 from weightops.ops.resize import resize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "lora"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "naming"))
 
-from test_arithmetic import CASES, SOURCES, Case, every_source, lycoris
+from tagged import from_canonical, needs_lists, shapes_of, to_canonical
+from test_arithmetic import CASES, SOURCES, Case, every_source
+from test_fuse import weights
+from test_fuse_families import WHOLE, packed, respelled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -401,3 +405,497 @@ def test_a_token_that_a_trainer_put_beside_the_factors_goes_along() -> None:
     assert sorted(report.account.copied) == sorted(token)
     before, after = raw(Path("lora.safetensors")), raw(Path("out.safetensors"))
     assert [after[key] for key in token] == [before[key] for key in token]
+
+
+# ------------------------------------------------------------------------------------------------ other hands
+
+
+def fused(base: Path, lora: Path, output: str, strength: float = 1.0) -> dict[str, Tensor]:
+    fuse(base, (lora, strength), output=output, threads=1, device="cpu", force=True)
+    return tensors_of(Path(output))
+
+
+def same(was: Mapping[str, Tensor], now: Mapping[str, Tensor], tolerance: float) -> None:
+    assert was.keys() == now.keys()
+    for key, tensor in was.items():
+        assert off(tensor.double(), now[key].double()) <= tolerance, key
+
+
+def test_a_product_fuses_as_its_lora_does(exact: dict[tuple[torch.dtype, str], Result]) -> None:
+    """At any strength, for an exact product and its factors are one."""
+    result = exact[torch.float32, "keep"]
+    for path, target in result.targets.items():
+        base = path.with_name("base.safetensors")
+        for strength in (1.0, -0.3):
+            same(fused(base, path, "was.safetensors", strength), fused(base, target, "now.safetensors", strength), 2e-7)
+
+
+def test_a_model_with_the_file_is_the_model_with_its_lora(tmp_path: Path) -> None:
+    """Of all families, weights and biases, with all ranks that their changes have."""
+    for names in UNETS:
+        files = write(tmp_path, names, torch.float32)
+        for path, cases in files.items():
+            if not all(map(is_plain, cases)):
+                words = {"base": tmp_path / "base.safetensors", "rank": "energy:1"}
+                report, target = converted(path, words)
+                assert report.details["error"] < 1e-6
+                was, now = (fused(tmp_path / "base.safetensors", p, f"{p.stem}-fused.safetensors") for p in (path, target))
+                same(was, now, 1e-5)  # LyCORIS' magnitudes of inputs, in float32
+        for path in files:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@needs_lists
+@pytest.mark.parametrize("spelling", ["original", "diffusers"])
+@pytest.mark.parametrize("name", [*WHOLE, "kohya's OFT"])
+def test_a_packed_weight_is_found_whether_or_not_the_checkpoint_packs_it(spelling: str, name: str) -> None:
+    """Of Flux; and its last layer, whose halves trade places in diffusers' spelling."""
+    base, lora, wanted, precision = packed(name)
+    save(Path("base.safetensors"), respelled(spelling, base))
+    save(Path("lora.safetensors"), lora)
+    if name == "LoCon":
+        with pytest.raises(UsageError, match="nothing to convert"):
+            to_lora("lora.safetensors", base="base.safetensors", rank=8)
+        return
+    report = to_lora("lora.safetensors", base="base.safetensors", rank=8, verify=True)
+    written = loras_of(Path("out.safetensors"))
+    changes = {f"lora_unet_{k[:-7].replace('.', '_')}": t - base[k] for k, t in wanted.items() if k.endswith(".weight")}
+    assert written.keys() == changes.keys() == rows(report).keys()
+    for module, change in changes.items():
+        error = off(change.double(), written[module])
+        close_enough = 1e-5 if precision is torch.float32 else 1e-6
+        assert math.isclose(rows(report)[module]["error"], error, rel_tol=1e-3, abs_tol=close_enough), module
+        values = torch.linalg.svdvals(change.double())
+        assert error <= 1.005 * float(values[8:].norm() / values.norm()) + 2 * close_enough
+
+
+@needs_lists
+@pytest.mark.parametrize("spelling", ["original", "diffusers"])
+def test_halves_that_trade_places_in_the_last_block_of_sd3_are_turned_as_they_were_meant(spelling: str) -> None:
+    shapes = {k: tuple(n // 32 if n > 16 else n for n in s) for k, s in shapes_of("orig_sd3_medium").items()}
+    base, lora, wanted = weights(shapes, torch.float32), {}, {}
+    for block in (0, 23):
+        module = f"joint_blocks.{block}.context_block.adaLN_modulation.1"
+        out, features = shapes[f"{module}.weight"]
+        made = WHOLE["Diag-OFT"]("linear", torch.float32, out=out, features=features)
+        base[f"{module}.weight"] = made.weight.float()
+        flat = f"lora_unet_{module.replace('.', '_')}"
+        lora |= {f"{flat}.{key}": tensor for key, tensor in made.stored.items()}
+        wanted[flat] = next(iter(made.references.values()))[0].double() - made.weight.double()
+    save(Path("lora.safetensors"), lora)
+    own = from_canonical("sd3_transformer", spelling, to_canonical("sd3_transformer", "original", base))
+    save(Path("base.safetensors"), {key: tensor.contiguous() for key, tensor in own.items()})
+    report = to_lora("lora.safetensors", base="base.safetensors", rank="energy:1")
+    assert report.details["error"] < 1e-6
+    for module, found in loras_of(Path("out.safetensors")).items():
+        assert off(wanted[module], found) < 1e-5, module
+
+
+# ------------------------------------------------------------------------------------------------ rules
+
+
+IN_MODEL = {
+    KEY: "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
+    QUERY: "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+    POINT: "down_blocks.0.attentions.0.proj_in",
+    KERNEL: "down_blocks.0.resnets.0.conv1",
+}
+
+
+def several(source: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """lora.safetensors, of a LoRA, an OFT, a difference and a LoHa, and base.safetensors; ΔW of each, restated."""
+    maker = Maker(17, source)
+    base = {KEY: maker(32, 24), QUERY: maker(32, 32), POINT: maker(32, 32, 1, 1), KERNEL: maker(32, 16, 3, 3)}
+    others = {"conv_in.weight": maker(32, 4, 3, 3), "conv_norm_out.weight": maker(32)}
+    save(Path("base.safetensors"), others | {f"{IN_MODEL[m]}.weight": t for m, t in base.items()})
+    modules = {
+        KEY: {".lora_up.weight": maker(32, 3), ".lora_down.weight": maker(3, 24), ".alpha": torch.tensor(1.5)},
+        QUERY: {".oft_blocks": 0.1 * maker(4, 8, 8), ".alpha": torch.tensor(0.0)},
+        POINT: {".diff": 0.1 * maker(32, 32, 1, 1), ".diff_b": maker(32)},
+        KERNEL: {
+            ".hada_w1_a": maker(32, 3), ".hada_w1_b": maker(3, 144), ".hada_w2_a": maker(32, 3),
+            ".hada_w2_b": maker(3, 144), ".alpha": torch.tensor(1.0),
+        },
+    }  # fmt: skip
+    save(Path("lora.safetensors"), {k: t.to(source) for k, t in named(modules).items()})
+    blocks = modules[QUERY][".oft_blocks"].double()
+    skew, one = torch.block_diag(*(blocks - blocks.mT)), torch.eye(32, dtype=torch.float64)
+    turn = (one + skew) @ torch.linalg.inv(one - skew)
+    found = {}
+    for name in (KEY, POINT, KERNEL):
+        parts = {ENDINGS[key]: tensor for key, tensor in modules[name].items()}
+        alpha = parts.pop("alpha", None)
+        found[name] = delta(parts, None if alpha is None else float(alpha))
+    found[QUERY] = turn.mT @ base[QUERY].double() - base[QUERY].double()
+    return {name: found[name].flatten(1) for name in base}
+
+
+def lost(wanted: Mapping[str, Tensor], names: Iterable[str]) -> float:
+    """The relative error of these modules together, as written."""
+    found = loras_of(Path("out.safetensors"))
+    names = list(names)
+    squares = [float((wanted[n] - found[n].flatten(1) if n in found else wanted[n]).norm()) ** 2 for n in names]
+    return math.sqrt(math.fsum(squares) / math.fsum(float(wanted[n].norm()) ** 2 for n in names))
+
+
+MADE = (QUERY, POINT, KERNEL)
+
+
+@every_source
+@pytest.mark.parametrize("limit", [0.5, 0.2, 0.02])
+def test_an_error_is_reached_over_what_becomes_a_lora(limit: float, source: torch.dtype) -> None:
+    """With the fewest bytes: a rank less anywhere, and it is not. LoRAs, which have none, do not count."""
+    wanted = several(source)
+    report = to_lora("lora.safetensors", base="base.safetensors", rank=f"error:{limit}", dtype="fp32", verify=True)
+    assert lost(wanted, MADE) <= limit * (1 + 1e-5)
+    assert math.isclose(report.details["error"], lost(wanted, wanted), rel_tol=1e-4)
+    ranks = {name: row["rank"] for name, row in rows(report).items()}
+    squares = {m: torch.linalg.svdvals(wanted[m]).square() for m in MADE}
+    whole = sum(float(s.sum()) for s in squares.values())
+    rest = sum(float(squares[m][ranks[m] :].sum()) for m in MADE)
+    # Ranks are taken by their energy per byte: the last one of some module was needed.
+    last = {m: float(squares[m][ranks[m] - 1]) for m in MADE if ranks[m]}
+    assert rest / whole <= limit**2 * (1 + 1e-6)
+    assert (rest + max(last.values())) / whole > limit**2
+    assert ranks[KEY] == 3
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [("6", {}), ("6", {"conv_rank": 2}), ("energy:0.8", {}), ("energy:0.8", {"conv_rank": 4}), ("ratio:1.5", {}),
+     ("fro:0.7", {"conv_rank": "energy:0.5"}), ("cumulative:0.6", {}), ("knee", {})],
+    ids=str,
+)  # fmt: skip
+def test_rules_are_those_of_resize(rule: str, words: dict[str, Any]) -> None:
+    """Of the same modules, but for LoRAs, which stay as they are."""
+    several()
+    report = to_lora("lora.safetensors", base="base.safetensors", rank=rule, **words)
+    after = raw(Path("out.safetensors"))
+    other = resize("lora.safetensors", rank=rule, base="base.safetensors", output="resized.safetensors", **words)
+    resized = {name: row["rank"] for name, row in rows(other).items() if name != KEY and row["method"] != "whole"}
+    found = {name: row["rank"] for name, row in rows(report).items()}
+    assert len(resized) > 1
+    assert found | resized == found
+    for part in ("lora_up.weight", "lora_down.weight", "alpha"):
+        assert after[f"{KEY}.{part}"] == raw(Path("lora.safetensors"))[f"{KEY}.{part}"]
+    for name in resized:
+        for part in ("lora_up.weight", "lora_down.weight"):
+            assert after[f"{name}.{part}"] == raw(Path("resized.safetensors"))[f"{name}.{part}"]
+
+
+def test_a_size_is_kept() -> None:
+    wanted = several()
+    least = None
+    for size in (14_000, 20_000, 30_000):
+        report = to_lora("lora.safetensors", base="base.safetensors", rank=f"size:{size}B")
+        assert Path("out.safetensors").stat().st_size == report.bytes_written <= size
+        assert least is None or lost(wanted, MADE) < least
+        least = lost(wanted, MADE)
+        assert rows(report)[KEY]["rank"] == 3
+
+
+@pytest.mark.parametrize("words", [{}, {"rank": 4}, {"rank": 400}, {"rank": 4, "conv_rank": 0}], ids=str)
+def test_a_dry_run_tells_the_size(words: dict[str, Any]) -> None:
+    several()
+    if not words:  # what is exact needs no model
+        tensors = {k: t for k, t in tensors_of(Path("lora.safetensors")).items() if k.startswith((KERNEL, KEY))}
+        save(Path("lora.safetensors"), tensors)
+    else:
+        words = words | {"base": "base.safetensors"}
+    told = to_lora("lora.safetensors", dry_run=True, **words)
+    assert not Path("out.safetensors").exists()
+    done = to_lora("lora.safetensors", **words)
+    assert told.bytes_written == done.bytes_written == Path("out.safetensors").stat().st_size
+    assert (told.account.used, told.account.copied) == (done.account.used, done.account.copied)
+
+
+def test_bytes_do_not_depend_on_memory_or_threads() -> None:
+    several()
+    found = set()
+    for memory, threads in ((24 << 20, 1), (64 << 20, 3), (None, None)):
+        for rank in (6, "error:0.1"):
+            to_lora("lora.safetensors", base="base.safetensors", rank=rank, memory=memory, threads=threads)
+            found.add((rank, Path("out.safetensors").read_bytes()))
+    assert len(found) == 2
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str, str | None]] = {
+    "no rank": (
+        "lora", {"base": "base.safetensors"},
+        f"--rank: found none, and 2 modules have no exact factors: {POINT!r}",
+        "--rank 64 or error:0.01 says how near they are to be",
+    ),
+    "no rank, one module": (
+        "full", {}, f"--rank: found none, and 1 module has no exact factors: {POINT!r}",
+        "--rank 64 or error:0.01 says how near they are to be",
+    ),
+    "no base": (
+        "lora", {"rank": 8},
+        f"lora.safetensors: 2 tensors cannot become a LoRA: '{QUERY}.oft_blocks', its family is oft, whose change depends on "
+        "the model's weights",
+        "--base CHECKPOINT, the model that the file is for, makes it one",
+    ),
+    "no base for a magnitude": (
+        "dora", {"rank": 8},
+        f"dora.safetensors: 3 tensors cannot become a LoRA: '{KEY}.lora_down.weight', it has a magnitude (DoRA), whose change "
+        "depends on the model's weights",
+        "--base CHECKPOINT, the model that the file is for, makes it one",
+    ),
+    "no base for one tensor": (
+        "set", {"rank": 8},
+        f"set.safetensors: 1 tensor cannot become a LoRA: '{KEY}.set_weight', its family is set, whose change depends "
+        "on the model's weights",
+        "--base CHECKPOINT, the model that the file is for, makes it one",
+    ),
+    "plain": (
+        "plain", {}, "--to: plain.safetensors is plain LoRA already: nothing to convert", "resize cuts its ranks",
+    ),
+    "norms": ("norms", {}, "norms.safetensors: has no module that can be cut to a rank", None),
+    "wrong base": (
+        "lora", {"rank": 8, "base": "lora.safetensors"}, "--base: lora.safetensors is no checkpoint",
+        "it is the model that the LoRA changes",
+    ),
+    "base that lacks it": (
+        "lora", {"rank": 8, "base": "other.safetensors"},
+        f"other.safetensors: has no {IN_MODEL[QUERY]}.weight, which {QUERY!r} changes", None,
+    ),
+    "drop": ("lora", {"drop": ["text_encoder"]}, "--drop: says nothing with --to lora", None),
+    "check": (
+        "lora", {"check": True}, "--check: says nothing with --to lora", "--verify does what can be done",
+    ),
+    "alpha": (
+        "lora", {"alpha": "fold"}, "--alpha: says nothing with --to lora: the strength stays where it is", None,
+    ),
+    "fp8": (
+        "lora", {"dtype": "fp8_e4m3"}, "--dtype: fp8_e4m3 would leave little of the factors",
+        "fp16 and bf16 are the usual ones",
+    ),
+    "conv rank alone": ("loha", {"conv_rank": 8}, "--conv-rank: stands with --rank", None),
+    "unknown rule": (
+        "loha", {"rank": "erorr:0.1"}, "--rank: found 'erorr:0.1', expected a rank such as 32, *", "did you mean 'error'?",
+    ),
+    "rank 0": (
+        "loha", {"rank": 0}, "--rank: found 0, expected a rank of 1 or more, or a rule such as energy:0.9", None,
+    ),
+    "shards": (
+        "lora", {"shard_size": 1 << 20}, "--shard-size: says something only of a checkpoint, and lora.safetensors is a LoRA",
+        None,
+    ),
+    "a checkpoint": (
+        "base", {}, "--to: base.safetensors is no adapter file", "extract makes a LoRA of a finetune and its base",
+    ),
+    "an unknown architecture": ("loha", {"architecture": "sd51"}, "--architecture: unknown architecture 'sd51'", "*"),
+    "a change of nothing": (
+        "nothing", {"rank": "energy:0.9"}, "--rank: energy:0.9 leaves no module a rank: there is nothing to write", None,
+    ),
+    "NaN": ("nan", {}, f"{{where}}: {KERNEL!r} holds NaN or Inf*", None),
+    "NaN, of a rank": ("nan", {"rank": 4}, f"{{where}}: {KERNEL!r} holds NaN or Inf*", None),
+    "a name that is no file of tensors": (
+        "loha", {"output": "out"}, "out: the output's name must end in .safetensors", None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_done_is_refused_in_one_line(name: str) -> None:
+    several()
+    tensors = tensors_of(Path("lora.safetensors"))
+    save(Path("loha.safetensors"), {k: t for k, t in tensors.items() if k.startswith(KERNEL)})
+    save(Path("plain.safetensors"), {k: t for k, t in tensors.items() if k.startswith(KEY)})
+    save(Path("full.safetensors"), {k: t for k, t in tensors.items() if k.startswith(POINT)})
+    save(Path("dora.safetensors"), {k: t for k, t in tensors.items() if k.startswith(KEY) and "alpha" not in k}
+         | {f"{KEY}.dora_scale": torch.ones(32, 1)})  # fmt: skip
+    save(Path("set.safetensors"), {f"{KEY}.set_weight": torch.ones(32, 24)})
+    save(Path("norms.safetensors"), {f"{BLOCK}_norm.w_norm": torch.ones(32), f"{BLOCK}_norm.b_norm": torch.ones(32)})
+    save(Path("nothing.safetensors"), {f"{KEY}.diff": torch.zeros(32, 24)})
+    loha = tensors_of(Path("loha.safetensors"))
+    loha[f"{KERNEL}.hada_w1_b"][1, 5] = math.nan
+    save(Path("nan.safetensors"), loha)
+    base = tensors_of(Path("base.safetensors"))
+    save(Path("other.safetensors"), {k: t for k, t in base.items() if not k.startswith(IN_MODEL[QUERY])})
+    source, words, message, hint = REFUSED[name]
+    with pytest.raises(WeightopsError) as refused:
+        to_lora(f"{source}.safetensors", **words)
+    wanted = message.replace("{where}", f"{source}.safetensors")
+    assert str(refused.value) == wanted or (wanted.endswith("*") and str(refused.value).startswith(wanted[:-1]))
+    assert refused.value.hint == hint or (hint == "*" and refused.value.hint)
+    assert not Path("out.safetensors").exists()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--rank", 4), ("--conv-rank", 2), ("--base", "x"), ("--seed", 1)])
+@pytest.mark.parametrize("to", [None, "kohya"])
+def test_what_is_for_plain_loras_is_refused_elsewhere(option: str, value: Any, to: str | None) -> None:
+    several()
+    words: dict[str, Any] = {option[2:].replace("-", "_"): value}
+    with pytest.raises(UsageError) as refused:
+        weightops.convert("lora.safetensors", to=to, output="out.safetensors", **words)
+    assert str(refused.value) == f"{option}: says something only with --to lora"
+
+
+def test_an_input_is_never_written() -> None:
+    several()
+    before = Path("lora.safetensors").read_bytes()
+    for output in ("lora.safetensors", "base.safetensors"):
+        with pytest.raises(WeightopsError, match=output):
+            to_lora("lora.safetensors", output=output, base="base.safetensors", rank=4, force=False)
+    assert Path("lora.safetensors").read_bytes() == before
+
+
+def test_the_command_line_says_what_was_done() -> None:
+    several()
+    words = ("convert", "lora.safetensors", "--to", "lora", "--base", "base.safetensors", "--rank", "error:0.1")
+    done = command(*words, "--verify", "--json", cwd=Path.cwd())
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    assert told["output"] == "lora-lora.safetensors"
+    assert {row["name"] for row in told["modules"]} == {KEY, *MADE}
+    assert told["verified"]["modules"] == 4
+    assert 0 < told["error"] <= 0.1
+    found = loras_of(Path("lora-lora.safetensors"))
+    assert found.keys() == {KEY, *MADE}
+    done = command(*words[:-2], cwd=Path.cwd())
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"error: --rank: found none, and 2 modules have no exact factors: {POINT!r}",
+        "hint: --rank 64 or error:0.01 says how near they are to be",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ what others load
+
+
+CONFIGS: dict[str, Any] = {
+    "LoHa": lambda peft: peft.LoHaConfig(r=2, alpha=3, target_modules=["to_q", "norm.linear"], rank_pattern={"to_q": 3},
+                                         alpha_pattern={"norm.linear": 1}, init_weights=False),
+    "LoKr": lambda peft: peft.LoKrConfig(r=2, alpha=3, target_modules=["to_q", "norm.linear"], decompose_factor=4,
+                                         init_weights=False),
+    "LoKr of both": lambda peft: peft.LoKrConfig(r=1, alpha=3, target_modules=["to_q", "proj_mlp"], decompose_both=True,
+                                                 init_weights=False),
+    "LoKr, whole": lambda peft: peft.LoKrConfig(r=16, alpha=8, target_modules=["to_q", "proj_mlp"], init_weights=False),
+    "DoRA": lambda peft: peft.LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "proj_out"], use_dora=True,
+                                         init_lora_weights=False),
+    "rank-stabilised DoRA": lambda peft: peft.LoraConfig(r=5, lora_alpha=3, target_modules=["to_q"], use_dora=True,
+                                                         use_rslora=True, init_lora_weights=False),
+    "OFT": lambda peft: peft.OFTConfig(oft_block_size=8, target_modules=["to_q", "to_k"], init_weights=False),
+}  # fmt: skip
+DEPENDS = ("DoRA", "rank-stabilised DoRA", "OFT")
+
+
+def merged(peft: Any, model: Any, folder: Path) -> dict[str, Tensor]:
+    """The weights that PEFT makes of the model with the folder's adapter."""
+    adapted = peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    return {k: t.detach().double() for k, t in adapted.merge_and_unload().state_dict().items()}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_folder_of_peft_becomes_one_that_it_and_diffusers_load(name: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft = pytest.importorskip("peft")
+        import test_lora_into_diffusers as tiny
+    torch.manual_seed(3)
+    model = tiny.flux().transformer
+    save(Path("base.safetensors"), model.state_dict())
+    adapted = peft.get_peft_model(model, CONFIGS[name](peft))
+    for key, parameter in adapted.named_parameters():
+        if any(mark in key for mark in ("lora_", "hada_", "lokr_", "oft_")):
+            torch.nn.init.normal_(parameter, std=0.1)
+            if "magnitude" in key:
+                parameter.data.abs_().add_(0.5)
+    adapted.save_pretrained("saved")
+    words: dict[str, Any] = {"base": "base.safetensors", "rank": "energy:1"} if name in DEPENDS else {"architecture": "flux"}
+    report = to_lora("saved", "made", verify=True, **words)
+    assert report.details["error"] < 1e-6
+    assert {path.name for path in Path("made").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+    def fresh() -> Any:
+        found = tiny.flux().transformer
+        found.load_state_dict(tensors_of(Path("base.safetensors")))
+        return found
+
+    # A word of another family's settings would be a warning, and so an error.
+    was, now = merged(peft, fresh(), Path("saved")), merged(peft, fresh(), Path("made"))
+    same(was, now, 1e-5)
+    assert any(off(tensor, now[key]) > 1e-4 for key, tensor in fresh().state_dict().items())
+    told = json.loads(Path("made/adapter_config.json").read_text())
+    assert (told["peft_type"], told["use_dora"]) == ("LORA", False)
+    weightops.convert("made", to="diffusers", output="diffusers.safetensors", architecture="flux")
+    pipeline = tiny.flux()
+    pipeline.transformer.load_state_dict(tensors_of(Path("base.safetensors")))
+    changes = tiny.fused(pipeline, Path("diffusers.safetensors").resolve())
+    for (_, module), change in changes.items():
+        key = f"{module}.weight"
+        wanted = was[key] - fresh().state_dict()[key].double()
+        assert float((change - wanted).abs().max()) < 1e-5, module
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("says", [True, False], ids=["with settings", "without"])
+def test_a_file_in_diffusers_names_becomes_one_that_diffusers_loads(says: bool) -> None:
+    """Settings in its header, where it had them, are those of the LoRA."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("diffusers")
+        import test_lora_into_diffusers as tiny
+    pipeline, maker = tiny.flux(), Maker(6)
+    modules = [f"transformer.transformer_blocks.{n}.attn.to_{to}" for n in range(2) for to in "qk"]
+    tensors = {}
+    for number, name in enumerate(modules):
+        if number % 2:
+            tensors |= {f"{name}.lokr_w1": maker(4, 4), f"{name}.lokr_w2_a": maker(8, 1), f"{name}.lokr_w2_b": maker(1, 8)}
+        else:
+            tensors |= {f"{name}.lora_A.weight": maker(2, 32), f"{name}.lora_B.weight": maker(32, 2)}
+    settings = {"r": 2, "lora_alpha": 4, "rank_pattern": {}, "alpha_pattern": {}, "target_modules": ["to_q", "to_k"]}
+    flat = {f"transformer.{key}": value for key, value in settings.items()}
+    save(Path("lora.safetensors"), tensors, {"lora_adapter_metadata": json.dumps(flat)} if says else None)
+    to_lora("lora.safetensors", architecture="flux", verify=True)
+    found = {("transformer", k.removeprefix("transformer.")): t for k, t in loras_of(Path("out.safetensors")).items()}
+    wanted = {}
+    for name in modules:
+        p = {k.removeprefix(f"{name}."): t.double() for k, t in tensors.items() if k.startswith(name)}
+        scale = {True: {"lora_A.weight": 4 / 2, "lokr_w1": 4 / 1}, False: dict.fromkeys(("lora_A.weight", "lokr_w1"), 1)}[says]
+        kind = next(k for k in scale if k in p)
+        product = p["lora_B.weight"] @ p["lora_A.weight"] if "lora_B.weight" in p else None
+        own = torch.kron(p["lokr_w1"], p["lokr_w2_a"] @ p["lokr_w2_b"]) if product is None else product
+        wanted["transformer", name.removeprefix("transformer.")] = scale[kind] * own
+    assert ("lora_adapter_metadata" in metadata_of(Path("out.safetensors"))) == says
+    tiny.assert_changed(found, wanted)
+    tiny.assert_changed(tiny.fused(pipeline, Path("out.safetensors").resolve()), wanted)
+
+
+# ------------------------------------------------------------------------------------------------ real files
+
+
+@needs_loras
+@pytest.mark.parametrize(
+    ("name", "rank"), [("lycoris_smart_falcon_4_lokr", "error:0.2"), ("lycoris_smart_falcon_16_lokr", 8)]
+)
+def test_a_real_lokr_becomes_a_lora_with_the_error_that_is_said(name: str, rank: int | str) -> None:
+    """Of each shape of weights a module, against LyCORIS' own product; kernels, flat in the file, have their axes."""
+    functional = pytest.importorskip("lycoris.functional")
+    source = LORAS / f"{name}.safetensors"
+    report = to_lora(source, rank=rank, verify=True)
+    told, given, after = rows(report), tensors_of(source), modules_of(Path("out.safetensors"))
+    account = report.account
+    assert sorted([*account.used, *(unused.key for unused in account.unused)]) == sorted(given)
+    assert told.keys() == {key.partition(".")[0] for key in given}
+    assert after.keys() == {module for module, row in told.items() if row["rank"]}
+    if rank == "error:0.2":
+        assert abs(report.details["error"] - 0.2) < 1e-3
+    assert {tuple(parts["down"].shape[2:]) for parts, _ in after.values()} == {(), (1, 1), (3, 3)}
+    by_shape = {(len(parts["up"]), parts["down"].shape[1:]): module for module, (parts, _) in after.items()}
+    for (out, features), module in by_shape.items():
+        if out * features.numel() > 1 << 21:
+            continue
+        p = {k.removeprefix(f"{module}.lokr_"): t.double() for k, t in given.items() if k.startswith(f"{module}.lokr_")}
+        factors = [p.get(part) for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")]
+        # Of a product it divides its gamma by the rank.
+        alpha = float(given[f"{module}.alpha"])
+        wanted = functional.lokr.diff_weight(*factors, gamma=alpha).flatten(1)
+        error = off(wanted, delta(*after[module]).flatten(1))
+        assert math.isclose(told[module]["error"], error, rel_tol=1e-3, abs_tol=1e-6), module
+        assert math.isclose(told[module]["delta_norm"], float(wanted.norm()), rel_tol=1e-5), module

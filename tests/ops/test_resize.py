@@ -31,6 +31,7 @@ from test_fuse import MODULES as PACKED
 from torch import Tensor
 
 from weightops.errors import MemoryRefused, MismatchError, UsageError, ValueRefused
+from weightops.ops import factor_plan
 from weightops.ops.fuse import fuse
 from weightops.ops.resize import resize
 
@@ -688,10 +689,8 @@ def test_a_size_that_holds_all_is_all_and_one_too_small_is_refused_with_numbers(
     tensors = locon()
     report, *_ = resized(tensors, rank="size:1MiB")
     assert ranks(report) == dict.fromkeys(MODULES, 12) | {LAST: 4}
-    with pytest.raises(
-        UsageError, match=r"^--rank: size:1000 leaves no module a rank: there is nothing to write$"
-    ) as e:
-        resize("lora.safetensors", rank="size:1000", output="x.safetensors")
+    with pytest.raises(UsageError, match=r"^--rank: size:500 leaves no module a rank: there is nothing to write$") as e:
+        resize("lora.safetensors", rank="size:500", output="x.safetensors")
     assert e.value.hint == "one rank of the smallest module takes 192 bytes, beside the header"
     assert not Path("x.safetensors").exists()
 
@@ -896,3 +895,27 @@ def test_a_plan_with_a_base_weighs_as_the_sizes_do() -> None:
         goals = {m: min(point["rank"], len(values)) for m, values in spectra.items()}
         assert math.isclose(point["error"], error_of(spectra, goals, norms), rel_tol=1e-5, abs_tol=1e-7)
         assert point["shared_error"] <= point["error"]
+
+
+@pytest.mark.parametrize("rule", ["5", "energy:0.9"])
+def test_modules_that_are_done_together_are_each_its_own(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CUDA device, where those of one shape go at once: the same factors, alphas and report."""
+    alike = {f"{BLOCK}_transformer_blocks_0_attn1_to_{part}": (32, 32) for part in ("q", "k", "v", "out_0")}
+    tensors = locon(MODULES | alike) | {f"{QUERY}.alpha": torch.tensor(-1.0)}
+    tensors |= named({f"{BLOCK}_transformer_blocks_0_attn2_to_q": made("loha")[1]})
+    report, *_ = resized(tensors, rank=rule)
+    alone = raw(Path("out.safetensors"))
+    monkeypatch.setattr("weightops.ops.cutting.is_cuda", lambda device: True)
+    groups = []
+    build = factor_plan.build
+
+    def watched(*arguments: Any, **words: Any) -> Any:
+        built = build(*arguments, **words)
+        groups.append(max(map(len, built.groups)))
+        return built
+
+    monkeypatch.setattr("weightops.ops.cutting.build", watched)
+    together, *_ = resized(tensors, rank=rule, verify=True)
+    assert raw(Path("out.safetensors")) == alone
+    assert together.details["modules"] == report.details["modules"]
+    assert groups[-1] > 1 or rule != "5"

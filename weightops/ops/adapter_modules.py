@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from weightops.files.checkpoint import Checkpoint
     from weightops.files.tensor import Slot
+    from weightops.lora.family import Shape
     from weightops.lora.pieces import Source
     from weightops.lora.settings import Module as Setting
     from weightops.naming.slots import Place
@@ -125,11 +127,22 @@ class Base:
 def read_own(opened: Checkpoint, *, architecture: str | None = None) -> AdapterFile:
     """The adapters of a file whose names need not be those of a known model. Raises FormatError, MismatchError."""
     found = read_adapters(opened, architecture=architecture)
+    check_held(opened, found)
     if found.indexed or found.problems or found.left:
         found.check()
-    if not found.adapters:
-        raise MismatchError(opened.label, "holds no adapter modules", "inspect shows what it is")
     return found
+
+
+def check_held(opened: Checkpoint, found: AdapterFile) -> None:
+    """Refuse a file of which nothing is an adapter. Raises MismatchError."""
+    if found.adapters or found.indexed or found.problems:
+        return
+    kind = identify(opened.tensors).kind
+    if kind in ("lora", "unknown") and found.left:  # names that are nearly those of adapters
+        found.check()
+    told = kind in ("checkpoint", "vae", "text_encoder", "controlnet")
+    what = f"is a {kind.replace('_', ' ')}, no LoRA" if told else "holds no adapter modules"
+    raise MismatchError(opened.label, what, "inspect shows what it is")
 
 
 def modules_of(
@@ -213,10 +226,8 @@ def _module(
         own.kept += [Kept(key, f"{why}, whose change depends on the model's weights") for key in keys.values()]
         return None
     assert shape is not None
-    if family.flat and len(shape) == 2 and adapter.target is not None and own.found.architecture is not None:
-        architecture = ARCHITECTURES.get(own.found.architecture)
-        place = next(c for c in architecture.components if c.name == adapter.component)
-        shape = unflattened(shape, adapter.target.names[0], place)
+    if family.flat and len(shape) == 2:
+        shape = _with_kernel(own, adapter, shape, base)
     mine = {part: s for part, s in parts.items() if part in form and part not in family.of_bias}
     along = {part: key for part, key in keys.items() if part not in mine and part != "alpha"}
     own.kept += [Kept(key) for key in along.values()]
@@ -229,6 +240,19 @@ def _module(
         dtype_of(parts), adapter.body, scale, stored, adapter.rank if is_lora else None,
         {part: adapter.shapes[part] for part in along},
     )  # fmt: skip
+
+
+def _with_kernel(own: OwnModules, adapter: Adapter, shape: Shape, base: Base | None) -> Shape:
+    """The shape of a weight whose kernel may be flattened: as the base has it, or else as the architecture tells."""
+    if base is not None:
+        with contextlib.suppress(MismatchError):  # it is not needed for more
+            frame = base.frame(adapter)
+            return (sum(slot.spec.rows for slot in frame), *frame[0].spec.shape[1:])
+    if adapter.target is None or own.found.architecture is None:
+        return shape
+    architecture = ARCHITECTURES.get(own.found.architecture)
+    place = next(c for c in architecture.components if c.name == adapter.component)
+    return unflattened(shape, adapter.target.names[0], place)
 
 
 def dtype_of(parts: Mapping[str, Source]) -> str:

@@ -16,6 +16,7 @@ from weightops.files.tensor import Slot, TensorSpec
 from weightops.lora.rank import RankRule, rules_for
 from weightops.lora.units import Unit
 from weightops.merging.deltas import DELTA_METHODS
+from weightops.naming.keymap import ARCHITECTURES
 from weightops.ops.adapter_modules import Base
 from weightops.ops.combine_plan import LinedUp, Vector, Wish, line_up
 from weightops.ops.cutting import Cutting
@@ -92,7 +93,7 @@ def combine(
         raise UsageError("combine", f"found {len(asked)} LoRA, expected two or more", "resize is for one")
     ranks = {"--rank": rank, "--conv-rank": conv_rank, "--max-rank": max_rank, "--max-conv-rank": max_conv_rank}
     ranked = next((option for option, value in ranks.items() if value is not None), None)
-    _check(method, ema, compat, asked, exact=exact, ranked=ranked)
+    _check(method, ema, compat, architecture, asked, exact=exact, ranked=ranked)
     if not dry_run:
         import_torch_ahead()
     with contextlib.ExitStack() as stack:
@@ -134,11 +135,16 @@ def combine(
 
 
 def _check(
-    method: str, ema: str | float | None, compat: str | None, asked: Sequence[tuple[Any, float]], *, exact: bool,
-    ranked: str | None,
+    method: str, ema: str | float | None, compat: str | None, architecture: str | None,
+    asked: Sequence[tuple[Any, float]], *, exact: bool, ranked: str | None,
 ) -> None:  # fmt: skip
     """Refuse words that are unknown, or mean nothing together."""
     DELTA_METHODS.get(method)
+    if architecture is not None:
+        try:
+            ARCHITECTURES.get(architecture)
+        except UsageError as e:
+            raise UsageError("--architecture", e.what, e.hint) from None
     if exact and ranked:
         raise UsageError("--exact", f"keeps every rank, and {ranked} says how many", "take one of the two")
     if ema is not None:
@@ -193,7 +199,7 @@ def _interference(work: Cutting, lined: LinedUp, weights: Sequence[float]) -> di
     sums = [replace(m.of, blend=None, terms=tuple(replace(t, strength=1.0) for t in m.of.terms)) for m in work.modules]
     names = _names([stem(file) for file in lined.files])
     work.bar.total = max(2 * sum(file.nbytes for file in lined.files), 1)
-    found = work.scan_values(meetings(sums, work.sources), work.bar.part(0.0, 0.3))
+    found = work.scan_values(meetings(sums, work.sources, weights), work.bar.part(0.0, 0.3))
     return interference({of.name: values[0] for of, values in zip(sums, found, strict=True)}, weights, names)
 
 

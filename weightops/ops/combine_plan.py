@@ -15,7 +15,7 @@ from weightops.lora.pieces import sources as parts_of
 from weightops.lora.targets import unflattened
 from weightops.lora.units import Target, rows_of_pack
 from weightops.naming.keymap import ARCHITECTURES, Architecture, Rule, heights, swaps
-from weightops.ops.adapter_modules import Base, dtype_of, endings_of
+from weightops.ops.adapter_modules import Base, check_held, dtype_of, endings_of
 from weightops.ops.dialect_settings import APART
 from weightops.ops.factor_plan import Module
 from weightops.ops.report import Account, Unused
@@ -152,6 +152,8 @@ def line_up(files: Sequence[Checkpoint], wish: Wish, base: Base | None) -> Lined
     base: the model that they are for; without one, what depends on its weights (DoRA, OFT, …) is refused.
     """
     found = [read_adapters(file, architecture=wish.architecture) for file in files]
+    for one, file in zip(found, files, strict=True):
+        check_held(file, one)
     known = _architecture(files, found, wish, base)
     if known is not None:  # one file may tell what another leaves open
         found = [
@@ -161,8 +163,6 @@ def line_up(files: Sequence[Checkpoint], wish: Wish, base: Base | None) -> Lined
     for one in found:
         if known is not None or one.indexed or one.problems or one.left:
             one.check()
-        if not one.adapters:
-            raise MismatchError(one.label, "holds no adapter modules", "inspect shows what it is")
     dialect = _dialect(found, wish, known)
     endings = dialect.endings if dialect is not None else endings_of(found[0])
     lined = LinedUp(files, wish, found, dialect, known, endings)

@@ -23,8 +23,8 @@ _ROWS = 16  # of which signs are compared
 
 class Pair(NamedTuple):
     """Two files in one module. angles: the smallest principal one between their column spaces, and the mean of the
-    squared cosines of all; None: of a change that has no factors. conflicts: the share of values of opposite signs;
-    cancelled: of what they have in common, value by value, the share that has opposite signs. apart: they have nothing.
+    squared cosines of all; None: of a change that has no factors. conflicts: of weighted changes, the share of values
+    of opposite signs; cancelled: of what they have in common, value by value, the share that has opposite signs.
     """
 
     a: int
@@ -33,7 +33,6 @@ class Pair(NamedTuple):
     shared: float | None
     conflicts: float
     cancelled: float
-    apart: bool
 
 
 class Met(NamedTuple):
@@ -44,10 +43,11 @@ class Met(NamedTuple):
     pairs: list[Pair]
 
 
-def meetings(sums: Sequence[Sum], sources: Sequence[Checkpoint]) -> list[Task]:
-    """A scan of each module that several files change; its value is a `Met`."""
+def meetings(sums: Sequence[Sum], sources: Sequence[Checkpoint], weights: Sequence[float]) -> list[Task]:
+    """A scan of each module, whose value is a `Met`. The terms are of strength 1, and files of these weights."""
     return [
-        Task(of.name, tuple(of.inputs(sources)), (), _met(of), Grain.TENSOR, work_nbytes=_met_nbytes(of)) for of in sums
+        Task(of.name, tuple(of.inputs(sources)), (), _met(of, weights), Grain.TENSOR, work_nbytes=_met_nbytes(of))
+        for of in sums
     ]
 
 
@@ -64,7 +64,7 @@ def _met_nbytes(of: Sum) -> int:
     return of.nbytes() + 16 * rank * (of.out + of.n) + 64 * rank * rank + rows + (8 << 20)
 
 
-def _met(of: Sum) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], Met]:
+def _met(of: Sum, weights: Sequence[float]) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], Met]:
     def compute(inputs: Sequence[Tensor], _outputs: Sequence[Tensor], _block: Block) -> Met:
         import torch
 
@@ -85,22 +85,22 @@ def _met(of: Sum) -> Callable[[Sequence[Tensor], Sequence[Tensor], Block], Met]:
         for i in range(len(files)):
             for j in range(i + 1, len(files)):
                 a, b = changes[i], changes[j]
+                first, second = weights[files[i]], weights[files[j]]
                 if isinstance(a, LowRank) and isinstance(b, LowRank):
                     found = angles[i, j]
                     shared = math.fsum(math.cos(angle) ** 2 for angle in found) / len(found) if found else 0.0
                     smallest = found[0] if found else None
-                    signs = sign_conflicts(a, b, rows)
-                    apart = not (signs.share or sign_conflicts(a, b.scale(-1.0), rows).share)
-                    pairs.append(Pair(files[i], files[j], smallest, shared, *signs, apart))
+                    signs = sign_conflicts(a.scale(first), b.scale(second), rows)
+                    pairs.append(Pair(files[i], files[j], smallest, shared, *signs))
                 else:
                     assert not isinstance(a, LowRank)
                     assert not isinstance(b, LowRank)
-                    product = a[rows].sign() * b[rows].sign()
-                    smaller = torch.minimum(a[rows].abs(), b[rows].abs())
+                    x, y = a[rows] * first, b[rows] * second
+                    product, smaller = x.sign() * y.sign(), torch.minimum(x.abs(), y.abs())
                     both, common = int(product.abs().sum()), float(smaller.sum(dtype=torch.float64))
                     share = int((product < 0).sum()) / both if both else 0.0
                     lost = float(smaller[product < 0].sum(dtype=torch.float64)) / common if common else 0.0
-                    pairs.append(Pair(files[i], files[j], None, None, share, lost, not both))
+                    pairs.append(Pair(files[i], files[j], None, None, share, lost))
         return Met(files, inner, pairs)
 
     return compute
@@ -144,20 +144,14 @@ def interference(met: Mapping[str, Met], weights: Sequence[float], names: Sequen
 def _pair(pair: Pair, found: Met, names: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:
     i, j = found.files.index(pair.a), found.files.index(pair.b)
     both = weights[pair.a] * weights[pair.b]
-    sign = 0.0 if pair.apart else both
     return {
         "a": names[pair.a], "b": names[pair.b],
         "cosine": _cosine(found.gram[i][j], found.gram[i][i], found.gram[j][j], both),
         "smallest_angle": None if pair.smallest_angle is None else math.degrees(pair.smallest_angle),
         "shared": pair.shared,
-        "sign_conflicts": _of_weighted(pair.conflicts, sign),
-        "cancelled": _of_weighted(pair.cancelled, sign),
+        "sign_conflicts": pair.conflicts,
+        "cancelled": pair.cancelled,
     }  # fmt: skip
-
-
-def _of_weighted(share: float, sign: float) -> float:
-    """A share of opposite signs, of changes whose weights have a product of this sign."""
-    return share if sign > 0 else 1 - share if sign < 0 else 0.0
 
 
 def _cosine(inner: float, a: float, b: float, sign: float) -> float:

@@ -127,7 +127,7 @@ def check_own(own: OwnModules, *, base: bool, strict: bool) -> None:
     """Refuse a file of which nothing can be cut, and with `strict` one of which something cannot."""
     opened, uncut = own.opened, own.uncut
     if not own.modules:
-        hint = None if base else "--base CHECKPOINT, the model that it is for, makes a LoRA of it"
+        hint = "--base CHECKPOINT, the model that it is for, makes a LoRA of it" if uncut and not base else None
         what = "has no module that can be cut to a rank" + (f": {uncut[0].reason}" if uncut else "")
         raise MismatchError(opened.label, what, hint)
     if strict and uncut:

@@ -44,8 +44,8 @@ class Cutting:
     """Modules on their way to a file of LoRAs.
 
     rule, conv_rule: None: each module keeps the largest rank that comes in. spares: those that are LoRAs already keep
-    their ranks, whatever the rule. all_kernels: conv_rule is for 1×1 convolutions, too. frames: where each module's weight is in a
-    base, by which `size:` and `error:` weigh; empty: they do not.
+    their ranks, whatever the rule. all_kernels: conv_rule is for 1×1 convolutions, too. frames: where each module's
+    weight is in a base, by which `size:` and `error:` weigh; empty: they do not.
     """
 
     command: str

@@ -161,3 +161,22 @@ def test_the_check_of_a_sum_tells_the_errors_that_dense_matrices_tell(tmp_path):
     expected = {"least": least, "whole": least, "lacking": without}
     assert told == pytest.approx({name: (square / norm) ** 0.5 for name, square in expected.items()}, rel=1e-3)
     assert ratios_of(done.stdout) == pytest.approx({"whole": 1.0, "lacking": (without / least) ** 0.5}, rel=1e-3)
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "wait4"), reason="whole processes are measured with wait4")
+@pytest.mark.parametrize("verb", ["resize", "combine"])
+def test_resize_and_combine_benchmarks_hold_what_is_written_against_the_optimum(tmp_path, verb):
+    """The peer writes half the rank that is asked for, which is told from its errors."""
+    a, b, _ = loras(tmp_path)
+    given = ["--lora", str(a)] if verb == "resize" else ["--a", str(a), "--b", str(b), "--weights", "0.7", "-0.5"]
+    summands = ["{lora}"] if verb == "resize" else ["{a}:0.7", "{b}:-0.5"]
+    peer = shlex.join([sys.executable, "-m", "weightops.cli", verb, *summands, "--rank", "2", "-o", "{out}"])
+    command = [sys.executable, str(BENCHMARKS / "lora.py"), verb, *given, "--rank", "4", "--runs", "1"]
+    done = subprocess.run(
+        [*command, "--peer", peer, "--folder", str(tmp_path / "out")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "peer / weightops" in done.stdout
+    ratios = ratios_of(done.stdout)
+    assert 0.9999 <= ratios["weightops"] < 1.001 < ratios["peer"]
+    assert not list((tmp_path / "out").iterdir())

@@ -65,7 +65,9 @@ def test_strengths_stand_after_the_files_and_name_the_output() -> None:
     torch.testing.assert_close(change(out), 0.7 * change("style.safetensors") - 0.5 * change("person.safetensors"))
     lines = found.out.splitlines()
     assert lines[0] == "0.7 × style − 0.5 × person: 3 modules"
-    assert any(line.startswith("Holds 100.00 % of the energy of the sum, relative error 0.00 %, rank 7") for line in lines)
+    assert any(
+        line.startswith("Holds 100.00 % of the energy of the sum, relative error 0.00 %, rank 7") for line in lines
+    )
     assert any(line.startswith(f"wrote  {out}  ") for line in lines), lines
     assert any("the error of 3 modules is as computed" in line for line in lines), lines
     assert "19 used, 1 copied, 0 unused" in found.out
@@ -90,7 +92,16 @@ def test_every_option_of_ranks_reaches_the_work() -> None:
 def test_methods_and_their_settings_reach_the_work() -> None:
     made = {}
     for words in (("ties",), ("ties", "--set", "density=0.5"), ("dare",), ("dare", "--seed", "3"), ("slerp",)):
-        command = ("combine", "style.safetensors:0.7", "person.safetensors:0.5", "--method", *words, "--rank", "8", *OUT)
+        command = (
+            "combine",
+            "style.safetensors:0.7",
+            "person.safetensors:0.5",
+            "--method",
+            *words,
+            "--rank",
+            "8",
+            *OUT,
+        )
         assert weightops_here(*command).code == 0
         made[words] = Path("out.safetensors").read_bytes()
     assert len(set(made.values())) == 5
@@ -120,7 +131,8 @@ def test_every_other_option_reaches_the_work() -> None:
 def test_a_base_makes_loras_of_what_depends_on_it() -> None:
     stem = "model.diffusion_model.input_blocks.1.1"
     weights = {
-        f"{stem}.transformer_blocks.0.attn1.to_q.weight": torch.randn(32, 32), f"{stem}.proj_in.weight": torch.ones(32, 32, 1, 1),
+        f"{stem}.transformer_blocks.0.attn1.to_q.weight": torch.randn(32, 32),
+        f"{stem}.proj_in.weight": torch.ones(32, 32, 1, 1),
         "model.diffusion_model.input_blocks.0.0.weight": torch.ones(32, 4, 3, 3),
         "model.diffusion_model.input_blocks.1.0.in_layers.2.weight": torch.ones(32, 16, 3, 3),
     }  # fmt: skip
@@ -182,9 +194,14 @@ def test_the_recipe_is_shown_in_words() -> None:
 def test_strict_refuses_what_would_be_left_out() -> None:
     save(Path("person.safetensors"), lora(2, 3, 3.0) | {f"{POINT}.set_bias": torch.ones(32)})
     found = done("--strict", *OUT, code=1)
-    assert found.err.startswith(f"error: --strict: 1 tensor would be left out: '{POINT}.set_bias'\nhint: it sets a bias")
+    assert found.err.startswith(
+        f"error: --strict: 1 tensor would be left out: '{POINT}.set_bias'\nhint: it sets a bias"
+    )
     assert not Path("out.safetensors").exists()
     assert "1 unused" in done(*OUT).out
+
+
+BOTH = ("style.safetensors", "person.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -194,14 +211,14 @@ def test_strict_refuses_what_would_be_left_out() -> None:
         ([], 2, "error: missing argument"),
         (["style.safetensors", "nothing.safetensors"], 2, "error: nothing.safetensors: no such file"),
         (["style.safetensors", "person.safetensors:1e999"], 2, "error: person.safetensors: found strength inf"),
-        (["style.safetensors", "person.safetensors", "--exact", "--rank", "4"], 2, "error: --exact: keeps every rank"),
-        (["style.safetensors", "person.safetensors", "--method", "tise"], 2, "error: unknown way to combine 'tise'"),
-        (["style.safetensors", "person.safetensors", "--set", "density"], 2, "error: --set: found 'density', expected"),
-        (["style.safetensors", "person.safetensors", "--rank", "many"], 2, "error: --rank: found 'many', expected"),
-        (["style.safetensors", "person.safetensors", "--memory", "1kB"], 2, "error: --memory: 1,000 bytes are too few"),
-        (["style.safetensors", "person.safetensors", "--ema", "2"], 2, "error: --ema: found '2', expected a decay"),
-        (["style.safetensors", "person.safetensors", "-o", "style.safetensors"], 1, "error: style.safetensors: is also"),
-        (["style.safetensors", "person.safetensors", "--method", "ties"], 2, "error: --rank: found none, and 3 modules"),
+        ([*BOTH, "--exact", "--rank", "4"], 2, "error: --exact: keeps every rank"),
+        ([*BOTH, "--method", "tise"], 2, "error: unknown way to combine 'tise'"),
+        ([*BOTH, "--set", "density"], 2, "error: --set: found 'density', expected"),
+        ([*BOTH, "--rank", "many"], 2, "error: --rank: found 'many', expected"),
+        ([*BOTH, "--memory", "1kB"], 2, "error: --memory: 1,000 bytes are too few"),
+        ([*BOTH, "--ema", "2"], 2, "error: --ema: found '2', expected a decay"),
+        ([*BOTH, "-o", "style.safetensors"], 1, "error: style.safetensors: is also"),
+        ([*BOTH, "--method", "ties"], 2, "error: --rank: found none, and 3 modules"),
         (["style.safetensors", "empty.safetensors"], 1, "error: empty.safetensors: holds no adapter modules"),
     ],
     ids=str,

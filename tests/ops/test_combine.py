@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from combining import OUT, ROUNDING, accounted, combined, matrices, optimum, rows, sizes, weighted
-from locon import BLOCK, ENCODER, KERNEL, KEY, LAST, MODULES, POINT, QUERY, locon, off, values_of
+from locon import BLOCK, ENCODER, KERNEL, KEY, MODULES, POINT, QUERY, locon, off, values_of
 from loras import Maker, deltas, header, metadata_of, named, raw, save, tensors_of
 from torch import Tensor
 
@@ -24,7 +25,6 @@ from weightops.errors import (
     ValueRefused,
     WeightopsError,
 )
-from weightops.files.checkpoint import open_checkpoint
 from weightops.ops.combine import combine
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -67,6 +67,13 @@ def family(kind: str, t: Maker, shape: tuple[int, ...], rank: int) -> dict[str, 
 
 OF_MATRICES = ("lora", "loha", "lokr", "lokr, second", "lokr, first", "lokr, both", "full")
 OF_KERNELS = ("lora", "lora, tucker", "loha, tucker", "lokr", "lokr, second", "lokr, first", "lokr, tucker", "full")
+
+
+def kind_of(name: str, number: int) -> str:
+    kinds = OF_KERNELS if name == KERNEL else OF_MATRICES
+    return kinds[number % len(kinds)]
+
+
 SHAPES = {name: MODULES[name] for name in (QUERY, KEY, POINT, KERNEL, ENCODER)}
 STRENGTHS = (0.7, -0.45, 1.3, 1.0, -2.0, 0.25, 0.5, 0.9, -0.1, 0.33)
 
@@ -122,8 +129,7 @@ def test_the_exact_sum_of_any_two_families_is_that_of_dense_matrices(turn: int, 
     files = []
     for number in range(2):
         kinds = {
-            name: (OF_KERNELS if name == KERNEL else OF_MATRICES)[(place + (1 + turn) * number) % (8 if name == KERNEL else 7)]
-            for place, name in enumerate(SHAPES, turn)
+            name: kind_of(name, place + (1 + turn) * number) for place, name in enumerate(SHAPES, turn)
         }  # fmt: skip
         files.append(file_of(number, kinds, dtype))
     loras = list(zip(files, STRENGTHS, strict=False))
@@ -134,10 +140,9 @@ def test_the_exact_sum_of_any_two_families_is_that_of_dense_matrices(turn: int, 
 
 def test_ten_files_of_all_families_are_added_exactly() -> None:
     files = [
-        file_of(n, {name: (OF_KERNELS if name == KERNEL else OF_MATRICES)[(n + place) % (8 if name == KERNEL else 7)]
-                    for place, name in enumerate(SHAPES)}, torch.float32)
+        file_of(n, {name: kind_of(name, n + place) for place, name in enumerate(SHAPES)}, torch.float32)
         for n in range(10)
-    ]  # fmt: skip
+    ]
     loras = list(zip(files, STRENGTHS, strict=True))
     report = combined(*loras, exact=True)
     assert_sum(report, *loras, tolerance=ROUNDING[torch.float32])
@@ -460,6 +465,20 @@ def test_what_depends_on_the_weights_takes_part_with_a_base() -> None:
         assert math.isclose(rows(report)[name]["error"], least, rel_tol=1e-5), name
 
 
+def test_magnitudes_in_pefts_shape_are_those_of_outputs() -> None:
+    t, base = Maker(4), save(Path("base.safetensors"), model())
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    parts = t.lora(32, 32, 3)
+    tensors = {f"{name}.lora_A.weight": parts[".lora_down.weight"], f"{name}.lora_B.weight": parts[".lora_up.weight"],
+               f"{name}.lora_magnitude_vector": t(32).abs() + 0.5}  # fmt: skip
+    a, b = save(Path("a.safetensors"), tensors), save(Path("b.safetensors"), locon({QUERY: MODULES[QUERY]}))
+    combined((a, -0.5), b, exact=True, base=base, dialect="kohya")
+    weight = model()[f"{WEIGHTS[QUERY]}.weight"].double()
+    magnitude = {".dora_scale": tensors[f"{name}.lora_magnitude_vector"][:, None]}
+    expected = deltas(b)[QUERY] - 0.5 * (dora(weight, parts | magnitude, 3.0) - weight)
+    assert off(expected, matrices()[QUERY]) < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["dora", "oft", "ia3"])
 @pytest.mark.parametrize("place", [0, 1])
 def test_without_a_base_it_is_refused_by_name(kind: str, place: int) -> None:
@@ -470,9 +489,7 @@ def test_without_a_base_it_is_refused_by_name(kind: str, place: int) -> None:
     with pytest.raises(MismatchError) as caught:
         combined(*(files if place == 0 else files[::-1]))
     said = {"dora": "a magnitude (DoRA)"}.get(kind, f"a {kind}")
-    assert str(caught.value) == (
-        f"odd.safetensors: {QUERY!r} is {said}, whose change depends on the model's weights"
-    )
+    assert str(caught.value) == (f"odd.safetensors: {QUERY!r} is {said}, whose change depends on the model's weights")
     assert caught.value.hint == "--base CHECKPOINT, the model that the LoRAs are for, makes a LoRA of it"
     assert not OUT.exists()
 
@@ -559,8 +576,8 @@ def test_what_a_dialect_cannot_say_is_named_and_strict_refuses_it(to: str) -> No
     assert {u.key for u in report.account.unused} == lost
     assert {u.reason for u in report.account.unused} == {f"{to} has no differences of biases and norms"}
     accounted(report, *(path for path, _ in loras))
-    biases = {k: t for k, t in (tensors_of(out / "adapter_model.safetensors") if to == "peft" else tensors_of(OUT)).items()
-              if k.endswith(".bias")}  # fmt: skip
+    written = tensors_of(out / "adapter_model.safetensors" if to == "peft" else OUT)
+    biases = {k: t for k, t in written.items() if k.endswith(".bias")}
     assert len(biases) == 2
     for name in (QUERY, KERNEL):
         stem = "attn1.to_q.lora_B.bias" if name == QUERY else "conv1.lora_B.bias"
@@ -609,12 +626,12 @@ def test_embeddings_are_copied_once() -> None:
 
 
 def test_a_set_bias_is_no_part_of_a_sum() -> None:
-    a = save(Path("a.safetensors"), locon() | {f"{POINT}.set_bias": torch.ones(32), f"{NORM}.set_weight": torch.ones(32)})
+    odd = {f"{POINT}.set_bias": torch.ones(32), f"{NORM}.set_weight": torch.ones(32)}
+    a = save(Path("a.safetensors"), locon() | odd)
     b = save(Path("b.safetensors"), locon(seed=1))
     report = combined(a, b)
-    assert {u.key: u.reason for u in report.account.unused} == dict.fromkeys(
-        (f"{POINT}.set_bias", f"{NORM}.set_weight"), "it sets a bias or a norm, which no sum of changes can say"
-    )
+    why = "it sets a bias or a norm, which no sum of changes can say"
+    assert {u.key: u.reason for u in report.account.unused} == dict.fromkeys(odd, why)
     accounted(report, a, b)
 
 
@@ -661,7 +678,8 @@ def test_of_a_model_that_is_not_known_names_that_are_the_same_are_combined() -> 
     c = save(Path("c.safetensors"), unknown(3, ("model.tower.2.mix", "model.tower.3.mix")))
     report = combined((a, 0.5), (b, -2.0), c, exact=True)
     expected = weighted((a, 0.5), (b, -2.0), (c, 1.0))
-    assert {name: off(expected[name], delta) < 1e-6 for name, delta in matrices().items()} == dict.fromkeys(expected, True)
+    assert matrices().keys() == expected.keys()
+    assert all(off(expected[name], delta) < 1e-6 for name, delta in matrices().items())
     assert set(raw(OUT)) == set(unknown(1, tuple(expected)))
     accounted(report, a, b, c)
 
@@ -731,7 +749,7 @@ def plain(*names: str, **words: Any) -> list[Path]:
         ({"ema": "0.9", "compat": "sd-scripts"}, "--ema: is an average", None),
         ({"compat": "kohya"}, "--compat: found 'kohya', expected sd-scripts", None),
         ({"compat": "sd-scripts", "method": "dare"}, "--compat: sd-scripts has no method dare", None),
-        ({"compat": "sd-scripts", "rank": 4}, "--compat: sd-scripts keeps the ranks, and --rank says others", "resize "),
+        ({"compat": "sd-scripts", "rank": 4}, "--compat: sd-scripts keeps the ranks, and --rank says", "resize "),
         ({"compat": "sd-scripts", "max_rank": 4}, "--compat: sd-scripts keeps the ranks, and --max-rank says", None),
     ],
     ids=str,
@@ -825,9 +843,8 @@ def test_modules_of_two_shapes_are_refused_with_both() -> None:
     save(b, tensors_of(b) | named({KEY: Maker(1).lora(32, 40, 3)}))
     with pytest.raises(MismatchError) as caught:
         combined(a, b)
-    assert str(caught.value) == (
-        f"a.safetensors: {KEY!r} has not the same inputs in all files (a.safetensors: [32, 24], b.safetensors: [32, 40])"
-    )
+    sides = "a.safetensors: [32, 24], b.safetensors: [32, 40]"
+    assert str(caught.value) == f"a.safetensors: {KEY!r} has not the same inputs in all files ({sides})"
     save(b, tensors_of(b) | named({KEY: Maker(1).lora(48, 24, 3)}))
     with pytest.raises(MismatchError) as caught:
         combined(a, b)
@@ -957,12 +974,10 @@ def test_metadata_is_of_the_result_and_of_what_all_files_agree_on() -> None:
     found = metadata_of(OUT)
     recipe = json.loads(found.pop("weightops"))
     hashed = found.pop("sshs_model_hash")
-    import hashlib
-
     assert hashed == hashlib.sha256(header(OUT)[1]).hexdigest()
     assert found == common | {
-        "format": "pt", "ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic", "ss_network_module": "networks.lora",
-        "modelspec.prediction_type": "epsilon",
+        "format": "pt", "ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic",
+        "ss_network_module": "networks.lora", "modelspec.prediction_type": "epsilon",
     }  # fmt: skip
     assert {k: v for k, v in recipe.items() if k not in ("inputs", "version")} == {
         "command": "combine", "dtype": "keep", "strengths": [0.8, -0.5], "method": "sum", "exact": False, "rank": 4,
@@ -1005,8 +1020,3 @@ def test_the_report_says_what_was_done() -> None:
     assert report.bytes_written == OUT.stat().st_size
     assert {"modules", "energy", "error", "interference"} <= report.to_dict().keys()
     assert {"name", "rank_before", "rank", "energy", "error"} <= report.details["modules"][0].keys()
-
-
-def test_a_file_is_closed_when_all_is_done() -> None:
-    with open_checkpoint(plain("a")[0]) as opened:
-        assert opened.tensors

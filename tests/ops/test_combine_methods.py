@@ -12,7 +12,7 @@ from combining import OUT, accounted, combined, matrices, optimum, rows
 from locon import KERNEL, KEY, MODULES, POINT, QUERY, locon, off, values_of
 from loras import Maker, deltas, metadata_of, modules_of, named, save, tensors_of
 
-from weightops.errors import MismatchError, UsageError
+from weightops.errors import MemoryRefused, MismatchError, UsageError
 from weightops.lora.dialects import DIALECTS
 from weightops.merging.deltas import DELTA_METHODS
 from weightops.merging.rounding import generator_for
@@ -167,7 +167,9 @@ def test_chance_depends_on_the_seed_alone(method: str) -> None:
     found: dict[int, set[bytes]] = {0: set(), 7: set()}
     for seed, made in found.items():
         for memory, threads in ((40 << 20, 1), (400 << 20, 3)):
-            combined(*zip(paths, weights, strict=True), method=method, rank=4, seed=seed, memory=memory, threads=threads)
+            combined(
+                *zip(paths, weights, strict=True), method=method, rank=4, seed=seed, memory=memory, threads=threads
+            )
             made.add(OUT.read_bytes())
         assert len(made) == 1
     assert found[0] != found[7]
@@ -188,6 +190,21 @@ def test_linear_methods_keep_their_ranks_exactly(method: str) -> None:
         assert math.isclose(off(delta, matrices()[name]), optimum(values_of(delta), 4), rel_tol=1e-5, abs_tol=2e-6)
 
 
+@pytest.mark.parametrize("method", [name for name, _ in DELTA_METHODS])
+def test_the_largest_matrices_of_models_fit_into_the_default_memory(method: str) -> None:
+    """SD1.5's largest kernel, and Flux' packed linear1: a method holds one matrix, and not one for each file."""
+    t = Maker(1, torch.float16)
+    kernel = {"lora_unet_up_blocks_0_resnets_0_conv1": t.lora(1280, 2560, 4, kernel=(3, 3))}
+    linear1 = {"lora_unet_single_blocks_1_linear1": t.lora(21504, 3072, 4)}
+    for modules, architecture in ((kernel, "sd15"), (linear1, "flux")):
+        paths = [save(Path(f"{name}.safetensors"), named(modules)) for name in "ab"]
+        words = {"method": method, "architecture": architecture, "dry_run": True}
+        combined(*paths, rank=32, **words)
+        if not DELTA_METHODS.get(method).linear:  # all singular values of it are another matter, and told of at once
+            with pytest.raises(MemoryRefused, match=r"^--memory: 419,430,400 bytes are too few: "):
+                combined(*paths, rank="energy:0.9", memory=400 << 20, **words)
+
+
 def test_methods_refuse_what_they_cannot_do() -> None:
     paths, weights = files("ties")
     loras = list(zip(paths, weights, strict=True))
@@ -196,7 +213,9 @@ def test_methods_refuse_what_they_cannot_do() -> None:
     assert str(caught.value) == "slerp: found 3 to combine, expected 2"
     with pytest.raises(UsageError, match=r"^slerp, weights: found -0\.6, expected none below 0$"):
         combined(*loras[:2], method="slerp", rank=4)
-    with pytest.raises(UsageError, match=r"^della, epsilon: found 0\.6 with a density of 0\.5, expected less than 0\.5"):
+    with pytest.raises(
+        UsageError, match=r"^della, epsilon: found 0\.6 with a density of 0\.5, expected less than 0\.5"
+    ):
         combined(*loras, method="della", settings={"epsilon": 0.6}, rank=4)
     save(Path("b.safetensors"), {k: -t if "lora_up" in k else t for k, t in locon(PLAIN, seed=1).items()})
     save(Path("a.safetensors"), locon(PLAIN, seed=1))

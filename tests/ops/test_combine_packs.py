@@ -223,7 +223,8 @@ def test_biases_of_packed_modules_go_to_their_parts() -> None:
         torch.testing.assert_close(found[name], bias, rtol=0, atol=1e-6)
     accounted(report, a, b)
     report = combined((a, 0.5), (b, -2.0), exact=True, dialect="kohya", architecture="flux")
-    torch.testing.assert_close(tensors_of(OUT)[f"{ONE.module}.diff_b"], torch.cat(list(goal.values())), rtol=0, atol=1e-6)
+    written = tensors_of(OUT)[f"{ONE.module}.diff_b"]
+    torch.testing.assert_close(written, torch.cat(list(goal.values())), rtol=0, atol=1e-6)
     accounted(report, a, b)
 
 
@@ -236,6 +237,23 @@ def test_a_dropped_part_of_a_packed_module_leaves_its_keys_used() -> None:
     report = combined(a, b, rank="energy:0.9", dialect="diffusers", architecture="flux")
     assert {name.rpartition(".")[2] for name in deltas(OUT)} == {"to_q", "to_v"}
     assert report.account.unused == []
+    accounted(report, a, b)
+
+
+def test_onetrainers_names_are_of_the_same_modules() -> None:
+    """Which are diffusers' with underscores, and T5 is the second text encoder."""
+    t = Maker(6)
+    own = {f"lora_transformer_transformer_blocks_0_attn_to_{n}": t.lora(H, H, 2, 1.0) for n in "qkv"}
+    a = save(Path("a.safetensors"), named(own | {"lora_te2_encoder_block_3_layer_0_SelfAttention_q": t.lora(H, H, 2)}))
+    b = save(Path("b.safetensors"), named({
+        ONE.module: t.lora(24, H, 3, 2.0), "lora_te3_encoder_block_3_layer_0_SelfAttention_q": t.lora(H, H, 1),
+    }))  # fmt: skip
+    report = combined((a, 0.5), (b, -1.0), exact=True, dialect="kohya", architecture="flux")
+    theirs, ours = deltas(a), deltas(b)
+    assert off(0.5 * torch.cat([theirs[name] for name in own]) - ours[ONE.module], matrices()[ONE.module]) < 1e-6
+    encoder = "lora_te{}_encoder_block_3_layer_0_SelfAttention_q"
+    goal = 0.5 * theirs[encoder.format(2)] - ours[encoder.format(3)]
+    assert off(goal, matrices()[encoder.format(3)]) < 1e-6
     accounted(report, a, b)
 
 
@@ -303,6 +321,19 @@ def test_shift_and_scale_of_the_final_layer_trade_places(family: str) -> None:
         accounted(report, a, b)
 
 
+def test_halves_that_may_trade_places_and_do_not_tell_are_refused() -> None:
+    """SD3's last block has a context of two parts, the others of six: a bias alone does not say which it is."""
+    t = Maker(1)
+    block = "lora_transformer_transformer_blocks_0_{}"
+    modules = {block.format("attn_to_q"): t.lora(H, H, 2), block.format("norm1_context_linear"): {".diff_b": t(6 * H)}}
+    a, b = (save(Path(f"{name}.safetensors"), named(modules)) for name in "ab")
+    combined(a, b, architecture="sd3")
+    bias = tensors_of(OUT)[f"{block.format('norm1_context_linear')}.diff_b"]
+    torch.testing.assert_close(bias, 2 * modules[block.format("norm1_context_linear")][".diff_b"])
+    with pytest.raises(MismatchError, match="its halves may have to trade places, and its shapes do not tell"):
+        combined(a, b, architecture="sd3", dialect="kohya")
+
+
 # ------------------------------------------------------------------------------------------------ SDXL
 
 # diffusers' name, and SGM's, of a component; kohya writes SDXL in SGM's.
@@ -327,7 +358,9 @@ def sdxl(scheme: str, component: str, name: str, original: str | None) -> str:
     if scheme == "peft":
         return f"{component}/base_model.model.{name}"
     if scheme == "comfy":
-        beginning = {"1": "text_encoders.clip_l.transformer", "2": "text_encoders.clip_g.transformer"}.get(encoder or "")
+        beginning = {"1": "text_encoders.clip_l.transformer", "2": "text_encoders.clip_g.transformer"}.get(
+            encoder or ""
+        )
         return f"{beginning or 'diffusion_model'}.{original or name}"
     own = name if scheme == "kohya, diffusers' names" else original or name
     return (f"lora_te{encoder}_" if encoder else "lora_unet_") + own.replace(".", "_")
@@ -420,6 +453,14 @@ def test_peft_and_diffusers_load_what_was_combined() -> None:
     goal = {n: 0.7 * x for p in (pack, single) for n, x in p.cut(matrices(a)[p.module]).items()}
     for name, change in in_parts(pack, b).items():
         goal[name] = goal[name] - change
+    combined((a, 0.7), (b, -1.0), exact=True, dialect="diffusers", architecture="flux")
+    before = {n: x.clone() for n, x in model.state_dict().items()}
+    model.load_lora_adapter(str(OUT), prefix="transformer")
+    model.fuse_lora()
+    model.unload_lora()
+    for name, change in goal.items():
+        key = name.removeprefix("transformer.") + ".weight"
+        assert off(change, model.state_dict()[key].double() - before[key].double()) < 1e-5, name
     combined((a, 0.7), (b, -1.0), exact=True, dialect="peft", architecture="flux", output="out")
     loaded = peft.PeftModel.from_pretrained(model, "out")
     layers = {n: m for n, m in loaded.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer)}

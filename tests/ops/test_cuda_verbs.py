@@ -1,4 +1,7 @@
-"""fuse and extract on a CUDA device: what the CPU makes, to the last place or to the error's own tolerance."""
+"""fuse, extract, resize, combine and convert --to lora on a CUDA device: what the CPU makes.
+
+To the last place, or to the error's own tolerance. What is done at once there is done so on a CPU in test_at_once.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,12 @@ import pytest
 import torch
 from conftest import save
 from safetensors.torch import load_file
+from test_at_once import VERBS, assert_same, made_by, prepare
 
+from weightops.errors import ValueRefused
 from weightops.ops.extract import extract
 from weightops.ops.fuse import fuse
+from weightops.ops.resize import resize
 
 pytestmark = [
     pytest.mark.cuda,
@@ -66,3 +72,36 @@ def test_extract_groups_equal_shapes_and_finds_what_the_cpu_finds() -> None:
             for t in (ours, theirs)
         ]
         torch.testing.assert_close(product[1], product[0], rtol=0, atol=1e-5 * float(product[0].norm()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("verb", VERBS)
+def test_factors_are_those_that_the_cpu_makes(verb: str, dtype: torch.dtype) -> None:
+    """Of every family, many modules at once; what goes by chance, too: the CPU draws for both."""
+    prepare(dtype)
+    one, other = (made_by(verb, device, device) for device in ("cpu", "cuda"))
+    assert_same(one, other, 1e-5 if dtype is torch.float32 else 2e-3)
+
+
+def test_a_module_that_is_not_finite_is_named_on_the_device() -> None:
+    prepare()
+    tensors = load_file("b.safetensors")
+    broken = sorted(key for key in tensors if key.endswith("lora_up.weight"))[3]
+    tensors[broken][0, 0] = float("nan")
+    save(Path("b.safetensors"), tensors)
+    with pytest.raises(ValueRefused, match=broken.partition(".")[0]):
+        resize("b.safetensors", rank=4, device="cuda", output="x.safetensors")
+    assert not Path("x.safetensors").exists()
+
+
+def test_a_real_size_of_factors_is_cut_on_the_device() -> None:
+    """Shapes, ranks and dtypes of SDXL's attentions, twenty at once."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for n in range(20):
+        tensors[f"lora_unet_block_{n}.lora_down.weight"] = 0.02 * torch.randn(64, 1280, generator=generator)
+        tensors[f"lora_unet_block_{n}.lora_up.weight"] = 0.02 * torch.randn(1280, 64, generator=generator)
+    save(Path("lora.safetensors"), {key: tensor.half() for key, tensor in tensors.items()})
+    reports = [resize("lora.safetensors", rank=16, device=device, output=f"{device}.safetensors", verify=True)
+               for device in ("cpu", "cuda")]  # fmt: skip
+    assert reports[1].details["error"] == pytest.approx(reports[0].details["error"], rel=1e-4)

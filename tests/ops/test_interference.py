@@ -42,7 +42,9 @@ def files(dtype: torch.dtype = torch.float32, *, odd: bool = False) -> list[Path
     if odd:
         t = Maker(5, dtype)
         c = {k: x for k, x in c.items() if not k.startswith((QUERY, SMALL))} | {f"{QUERY}.diff": t(32, 32)}
-        c |= named({SMALL: {".hada_w1_a": t(16, 3), ".hada_w1_b": t(3, 54), ".hada_w2_a": t(16, 3), ".hada_w2_b": t(3, 54)}})
+        c |= named(
+            {SMALL: {".hada_w1_a": t(16, 3), ".hada_w1_b": t(3, 54), ".hada_w2_a": t(16, 3), ".hada_w2_b": t(3, 54)}}
+        )
     return [save(Path(f"{name}.safetensors"), tensors) for name, tensors in zip("abc", (a, b, c), strict=True)]
 
 

@@ -113,14 +113,15 @@ def test_snapshots_out_of_order_are_refused(found: tuple[Any, ...], shown: str) 
     assert str(caught.value) == f"--ema: found snapshots of steps {shown} (ss_steps), expected them in order"
 
 
-@pytest.mark.parametrize("said", ["0", "1", "1.5", "-0.5", "nan", "much", "sigma:0", "sigma:0.289", "sigma:nan", "sigma:",
-                                  "sigma", "width:0.1", ":0.5", ""])  # fmt: skip
+@pytest.mark.parametrize(
+    "said",
+    ["0", "1", "1.5", "-0.5", "nan", "much", "sigma:0", "sigma:0.289", "sigma:nan", "sigma:", "sigma", "width:0.1",
+     ":0.5", ""],
+)  # fmt: skip
 def test_what_is_no_decay_and_no_width_is_refused(said: str) -> None:
     with pytest.raises(UsageError) as caught:
         ema_weights(said, nothing_told(2))
-    assert str(caught.value) == (
-        f"--ema: found {said!r}, expected a decay such as 0.9, or sigma:S with 0 < S < 0.288"
-    )
+    assert str(caught.value) == (f"--ema: found {said!r}, expected a decay such as 0.9, or sigma:S with 0 < S < 0.288")
 
 
 # ------------------------------------------------------------------------------------------------ the average
@@ -152,11 +153,11 @@ def test_the_average_is_of_the_changes_and_not_of_factors(said: str | float) -> 
 def test_an_average_has_no_strengths_and_no_methods() -> None:
     a, b = snapshots(1, 2)
     for words in ({"method": "ties"}, {"compat": "sd-scripts"}):
-        with pytest.raises(UsageError, match="^--ema: is an average, and stands with no --method and no --compat$"):
+        with pytest.raises(UsageError, match=r"^--ema: is an average, and stands with no --method and no --compat$"):
             combined(a, b, ema="0.9", **words)
-    with pytest.raises(UsageError, match="^--ema: makes the strengths, and some are given with the files$"):
+    with pytest.raises(UsageError, match=r"^--ema: makes the strengths, and some are given with the files$"):
         combined(a, (b, 0.5), ema="0.9")
-    with pytest.raises(UsageError, match="^--ema: found snapshots of steps 2, 1"):
+    with pytest.raises(UsageError, match=r"^--ema: found snapshots of steps 2, 1"):
         combined(b, a, ema="sigma:0.1")
     assert not OUT.exists()
     assert len(combined(a, b, ema="0.9").details["modules"]) == len(MODULES)

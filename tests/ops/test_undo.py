@@ -23,7 +23,7 @@ from conftest import CLI, no_workers_left, save, save_raw
 from safetensors.torch import load_file
 
 from weightops.engine.tensors import TORCH_DTYPES
-from weightops.errors import FormatError, MismatchError, OutputError, TruncatedError, UsageError, WeightopsError
+from weightops.errors import FormatError, Interrupted, MismatchError, OutputError, TruncatedError, UsageError, WeightopsError
 from weightops.files.writer import SafetensorsWriter
 from weightops.ops import undo as undo_module
 from weightops.ops.fuse import fuse
@@ -721,7 +721,7 @@ def test_once_the_output_is_there_the_undo_stays(monkeypatch: pytest.MonkeyPatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr("weightops.ops.produce.verify", fail)
-    with pytest.raises(WeightopsError, match="interrupted while it was verified; it is written, and whole"):
+    with pytest.raises(Interrupted, match="interrupted while it was verified; it is written, and whole"):
         fuse(BASE, LORA, output=BASE, undo=UNDO, force=True, verify=True)
     unfuse(BASE, undo=UNDO, output=BACK)
     assert BACK.read_bytes() == before

@@ -62,6 +62,10 @@ def command(
         raise UsageError("--plot", "draws what --plan finds", "resize LORA --plan --plot curve.png")
     if plot is not None and len(files) > 1:
         raise UsageError("--plot", f"draws one file, found {len(files)}")
+    if rest["plan"]:
+        words = {"--output": output, "--rank": rest["rank"], "--dry-run": rest["dry_run"], "--verify": rest["verify"]}
+        for word in (word for word, value in words.items() if value):
+            raise UsageError(word, "says nothing with --plan, which tries all sizes and writes none")
     if plot is not None:
         from weightops.cli.plots import check_plot
 

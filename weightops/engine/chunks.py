@@ -28,6 +28,10 @@ SHARE_OF_SHARED = 6  # the same, for a chunk with much that is read again for ea
 DEFAULT_MEMORY = 128 << 20
 LARGEST_DEFAULT = 512 << 20  # where a matrix is needed whole
 
+# Matrices that are done together on a CUDA device, and the values that they may have.
+_AT_ONCE = 16
+_AT_ONCE_VALUES = 32 << 20
+
 
 class Chunk(NamedTuple):
     """Rows `start` to `stop` of a task (bytes, for a copy), its first block's number, and the bytes it takes."""
@@ -102,6 +106,14 @@ def check_memory(plan: Plan, memory: int) -> None:
 def memory_for(plan: Plan, asked: int | None) -> int:
     """The bytes in flight that were asked for; else as many as hold two of the largest pieces, within bounds."""
     return asked or max(DEFAULT_MEMORY, min(LARGEST_DEFAULT, 2 * smallest_memory(plan)[0]))
+
+
+def at_once(values: int, nbytes: int) -> int:
+    """How many matrices that are alike a device does at once, each of so many values, for which it takes so many bytes.
+
+    Whatever the memory, for what is written depends on it; but of so few, two such lots fit where no memory is said.
+    """
+    return max(1, min(_AT_ONCE, _AT_ONCE_VALUES // max(values, 1), LARGEST_DEFAULT // 2 // max(nbytes, 1)))
 
 
 def chunk_target(memory: int) -> int:

@@ -46,14 +46,16 @@ class Kept(NamedTuple):
 
 @dataclass
 class OwnModules:
-    """modules: what can be cut, and the `keys` that each takes. kept: those that are copied. frames: where a module's
-    weight is in the base.
+    """modules: what can be cut. keys, homes: of each those that it takes, and the part of the pipeline that it is in.
+
+    kept: keys that are copied. frames: where a module's weight is in the base.
     """
 
     opened: Checkpoint
     found: AdapterFile
     modules: list[Module] = field(default_factory=list)
     keys: list[list[str]] = field(default_factory=list)
+    homes: list[str] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     frames: dict[str, tuple[Slot, ...]] = field(default_factory=dict)
 
@@ -169,6 +171,7 @@ def modules_of(
         if module is None:
             continue
         own.modules.append(module)
+        own.homes.append(adapter.component or adapter.beginning.text.strip("._") or "model")
         kept = {entry.key for entry in own.kept}
         own.keys.append([key for key in adapter.keys.values() if key not in kept])
         if frames and base is not None and module.of.name not in own.frames:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from weightops.engine.chunks import memory_for
+from weightops.engine.chunks import check_memory, memory_for
 from weightops.engine.run import Outcome, Progress, ignore, run
 from weightops.errors import Interrupted, UsageError
 from weightops.lora.rank import RankRule, ranks_for, weighted
@@ -159,6 +159,9 @@ class Cutting:
         planned, _ = self.planned(least)
         memory = memory_for(planned.plan, self.memory)
         told = self.produce(planned, dry_run=True, memory=memory, force=self.force)  # refuses what headers tell
+        if self.scanned:
+            scan = Plan(self.sources, {}, tuple(scans(self.modules, self.sources, self.dtype)))
+            check_memory(scan, memory_for(scan, self.memory))
         if dry_run:
             return self._foretold() if self.scanned else told
         scanned = self.scanned or not all(least)  # of what is dropped, too, the norm is told

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
+from weightops.engine.chunks import at_once
 from weightops.errors import MismatchError, quote
 from weightops.files.tensor import Slot, TensorSpec
 from weightops.lora.units import Unit
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
     from weightops.ops.extract_pair import Matrix, Pair, Vector
     from weightops.plan import Input
 
-# Matrices of one shape that are factorised together on a CUDA device, and the values they may have.
-_TOGETHER = 16
-_TOGETHER_VALUES = 32 << 20
-
 
 def plan_extract(found: Pair, ranks: Sequence[int], *, together: bool = False) -> tuple[Planned, list[list[int]]]:
     """The plan, given a rank for each matrix; and for each of its first tasks the numbers of its matrices.
@@ -38,7 +35,7 @@ def plan_extract(found: Pair, ranks: Sequence[int], *, together: bool = False) -
     found.homes.clear()  # it may have been planned before, with other ranks
     outputs: dict[str, TensorSpec] = {}
     units: list[Unit] = []
-    groups = _together(found.matrices, ranks) if together else [[n] for n, rank in enumerate(ranks) if rank]
+    groups = _groups(found, ranks) if together else [[n] for n, rank in enumerate(ranks) if rank]
     tasks = [_task(found, group, ranks, outputs, units) for group in groups]
     for number in (n for group in groups for n in group):
         matrix = found.matrices[number]
@@ -60,18 +57,25 @@ def plan_extract(found: Pair, ranks: Sequence[int], *, together: bool = False) -
     return Planned(plan, found.account(ranks), words, _counts(found, ranks)), groups
 
 
-def _together(matrices: Sequence[Matrix], ranks: Sequence[int]) -> list[list[int]]:
-    """Matrices of one shape, dtype and rank: as many at once as their shape allows, whatever the memory."""
+def _groups(found: Pair, ranks: Sequence[int]) -> list[list[int]]:
+    """Matrices that are alike: as many at once as their shape allows, whatever the memory."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
-    for number, (matrix, rank) in enumerate(zip(matrices, ranks, strict=True)):
+    for number, (matrix, rank) in enumerate(zip(found.matrices, ranks, strict=True)):
         if rank:
-            kind = (matrix.out, matrix.n, matrix.dtype, matrix.base[0].slot.spec.dtype, rank)
+            slots = sum(i.slot.spec.nbytes for i in matrix.inputs())
+            nbytes = slots + sum(s.nbytes for s in _parts(found, matrix, rank).values()) + _work(found, matrix, rank)
+            kind = (matrix.out, matrix.n, matrix.dtype, matrix.base[0].slot.spec.dtype, rank, nbytes)
             kinds.setdefault(kind, []).append(number)
-    found = []
-    for numbers in kinds.values():
-        count = max(1, min(_TOGETHER, _TOGETHER_VALUES // (matrices[numbers[0]].out * matrices[numbers[0]].n)))
-        found += [numbers[i : i + count] for i in range(0, len(numbers), count)]
-    return found
+    groups = []
+    for kind, numbers in kinds.items():
+        count = at_once(kind[0] * kind[1], kind[-1])
+        groups += [numbers[i : i + count] for i in range(0, len(numbers), count)]
+    return groups
+
+
+def _work(found: Pair, matrix: Matrix, rank: int) -> int:
+    """The bytes that its factors take, beside inputs and outputs."""
+    return whole_nbytes(matrix) if found.is_whole(matrix, rank) else extracted_nbytes(matrix, rank)
 
 
 def _task(
@@ -97,9 +101,8 @@ def _task(
         pieces.append(matrix)
     rank = ranks[group[0]]
     compute = extracted(pieces, rank, seed=found.wish.seed, clamp_quantile=found.wish.clamp_quantile)
-    first = pieces[0]
-    work = whole_nbytes(first) if found.is_whole(first, rank) else extracted_nbytes(first, rank)
-    return Task(first.name, tuple(inputs), tuple(slots), compute, Grain.TENSOR, work_nbytes=len(pieces) * work)
+    work = sum(_work(found, matrix, rank) for matrix in pieces)
+    return Task(pieces[0].name, tuple(inputs), tuple(slots), compute, Grain.TENSOR, work_nbytes=work)
 
 
 def _subtraction(found: Pair, vector: Vector, outputs: dict[str, TensorSpec]) -> Task:

@@ -6,6 +6,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from weightops.engine.chunks import at_once
 from weightops.files.tensor import Slot, TensorSpec
 from weightops.lora.settings import Module as Setting
 from weightops.ops.filling import constant
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
     from weightops.files.checkpoint import Checkpoint
     from weightops.lora.rank import Spectrum
     from weightops.ops.sums import Sum
-
-# Matrices of one shape that are done together on a CUDA device, and the values they may have.
-_TOGETHER = 16
-_TOGETHER_VALUES = 32 << 20
 
 # Where both are about as large, factors are read by more tools than a whole difference.
 _SMALLER = 0.95
@@ -140,7 +137,7 @@ def build(
     bare: without the tasks, for the size of what they would write.
     """
     built = Built()
-    for group in _groups(modules, ranks, together=together):
+    for group in _groups(modules, ranks, sources, dtype) if together else [[n] for n, rank in enumerate(ranks) if rank]:
         first, rank = modules[group[0]], ranks[group[0]]
         slots: list[Slot] = []
         for n in group:
@@ -180,21 +177,27 @@ def _copy(sources: Sequence[Checkpoint], source: int, key: str, to: str) -> Task
     return Task(to, (Input(source, Slot(key, spec)),), (Slot(to, spec),))
 
 
-def _groups(modules: Sequence[Module], ranks: Sequence[int], *, together: bool) -> list[list[int]]:
-    """Modules of one shape, dtype and rank: as many at once as their shape allows, whatever the memory."""
-    there = [n for n, rank in enumerate(ranks) if rank]
-    if not together:
-        return [[n] for n in there]
+def _groups(
+    modules: Sequence[Module], ranks: Sequence[int], sources: Sequence[Checkpoint], dtype: str
+) -> list[list[int]]:
+    """Modules that are alike: as many at once as their shape allows, whatever the memory."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
-    for n in there:
-        module, rank = modules[n], ranks[n]
-        alone = module.is_stored(rank) or module.is_whole(rank) or module.joins(rank) or module.is_particular
-        stored = tuple(t.product_rank for t in module.of.terms) if module.of.is_product else ()
-        kinds.setdefault((module.of.out, module.of.n, module.dtype, rank, stored, n if alone else -1), []).append(n)
+    for n, (module, rank) in enumerate(zip(modules, ranks, strict=True)):
+        of = module.of
+        if not rank:
+            continue
+        if module.is_stored(rank) or module.is_whole(rank) or module.joins(rank) or module.is_particular:
+            kinds[n,] = [n]
+            continue
+        stored = tuple(t.product_rank for t in of.terms) if of.is_product else ()
+        read = sum(entry.slot.spec.nbytes for entry in of.inputs(sources))
+        nbytes = read + module.rank_nbytes(dtype) * rank + cut_nbytes(of, rank)
+        kind = (of.out, of.n, module.dtype, rank, stored, of.is_kronecker, nbytes)
+        kinds.setdefault(kind, []).append(n)
     found = []
-    for numbers in kinds.values():
+    for kind, numbers in kinds.items():
         of = modules[numbers[0]].of
-        count = max(1, min(_TOGETHER, _TOGETHER_VALUES // (of.out * of.n)))
+        count = at_once(of.out * of.n, kind[-1]) if len(numbers) > 1 else 1
         found += [numbers[i : i + count] for i in range(0, len(numbers), count)]
     return found
 
@@ -231,7 +234,7 @@ def _compute(group: Sequence[Module], rank: int, seed: int) -> tuple[Any, int]:
     if first.joins(rank):
         return joined(first.of, scale=first.scale), joined_nbytes(first.of)
     compute = cut([m.of for m in group], rank, scales=[m.scale for m in group], seed=seed)
-    return compute, len(group) * cut_nbytes(first.of, rank)
+    return compute, sum(cut_nbytes(m.of, rank) for m in group)
 
 
 def scans(modules: Sequence[Module], sources: Sequence[Checkpoint], dtype: str) -> list[Task]:

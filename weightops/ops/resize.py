@@ -190,10 +190,9 @@ class Own:
     def groups(self, ranks: Sequence[int]) -> list[dict[str, Any]]:
         """Of each component: modules that are cut, those that keep their ranks, those that are made LoRA, dropped."""
         found: dict[str, dict[str, Any]] = {}
-        for module, rank in zip(self.own.modules, ranks, strict=True):
+        for module, name, rank in zip(self.own.modules, self.own.homes, ranks, strict=True):
             kind = ("dropped" if not rank else "kept" if module.is_stored(rank) else "whole" if module.is_whole(rank)
                     else "cut" if module.stored_rank is not None else "made LoRA")  # fmt: skip
-            name = module.component or "model"
             entry = found.setdefault(name, {"component": name, "modules": 0, "cut": 0, "kept": 0})
             entry["modules"] += 1
             entry[kind] = entry.get(kind, 0) + 1

@@ -177,13 +177,14 @@ class Sum:
     def nbytes(self) -> int:
         """The most that `total` takes beside the inputs, its result among it."""
         each = sum(term.nbytes() for term in self.terms)
-        if not self.is_product:
-            blended = 0
-            if self.blend is not None:
-                blended = self.blend.method.nbytes(self.out, self.n, len(self.files))
-            return each + 16 * self.out * self.n + blended
-        rank = sum(term.product_rank for term in self.terms)
-        return each + (16 * rank * (self.out + self.n) if len(self.terms) > 1 else 0)
+        rank = sum(term.product_rank for term in self.terms if term.is_product)
+        joined = 16 * rank * (self.out + self.n) if len(self.terms) > 1 else 0
+        if self.is_product:
+            return each + joined
+        if self.blend is None or self.blend.method.linear:
+            return each + 16 * self.out * self.n
+        # Its result, in float32; products are asked for a few rows at a time.
+        return each + joined + 4 * self.out * self.n + self.blend.method.nbytes(self.out, self.n, len(self.files))
 
 
 def factors(term: Term, given: Sequence[Tensor], out: int) -> LowRank:
@@ -300,7 +301,7 @@ def _blended(of: Sum, blend: Blend, inputs: Sequence[Tensor]) -> LowRank | Tenso
         out = torch.empty(of.out, of.n, device=inputs[0].device)
         blend.method.fill(
             [_Rows(part) for part in parts.values()], out, weights=weights, settings=blend.settings,
-            random=lambda block: generator_for(blend.seed, of.name, block, out.device),
+            random=lambda block: generator_for(blend.seed, of.name, block),  # the CPU's, on every device
         )  # fmt: skip
         return out
     products = [part for part in parts.values() if isinstance(part, LowRank)]

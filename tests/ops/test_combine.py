@@ -169,6 +169,15 @@ def test_any_strength_of_any_sign_is_exact(strength: float) -> None:
     assert_sum(report, *loras, tolerance=ROUNDING[torch.float16])
 
 
+@every_dtype
+def test_what_nearly_cancels_has_an_error_that_is_told(dtype: torch.dtype) -> None:
+    """Roundings are small beside the terms, and large beside what is left of them: verified all the same."""
+    a = file_of(0, dict.fromkeys(SHAPES, "lora"), dtype)
+    loras = ((a, 1.0), (a, -0.999))
+    assert_sum(combined(*loras, exact=True), *loras, tolerance=2 * ROUNDING[dtype])
+    assert_sum(combined(*loras, rank=2), (a, 0.001), tolerance=1.0)
+
+
 def test_more_ranks_than_half_precision_counts_are_said_exactly() -> None:
     """bfloat16 has no 257: alpha is written wider."""
     shape = (288, 288)

@@ -23,7 +23,15 @@ from conftest import CLI, no_workers_left, save, save_raw
 from safetensors.torch import load_file
 
 from weightops.engine.tensors import TORCH_DTYPES
-from weightops.errors import FormatError, Interrupted, MismatchError, OutputError, TruncatedError, UsageError, WeightopsError
+from weightops.errors import (
+    FormatError,
+    Interrupted,
+    MismatchError,
+    OutputError,
+    TruncatedError,
+    UsageError,
+    WeightopsError,
+)
 from weightops.files.writer import SafetensorsWriter
 from weightops.ops import undo as undo_module
 from weightops.ops.fuse import fuse

@@ -130,7 +130,7 @@ def test_the_default_name_is_the_inputs_own(tmp_path: Path, monkeypatch: pytest.
         (
             {"to": "diffuser"},
             "--to: unknown layout 'diffuser'",
-            "known are original, diffusers, comfy, kohya, onetrainer, peft",
+            "known are original, diffusers, comfy, kohya, onetrainer, peft, lora",
         ),
         (
             {"to": "original", "prediction": "v"},

@@ -261,7 +261,9 @@ def spectra_nbytes(of: Sum) -> int:
         values = sum(source.spec.values for source in of.terms[0].parts.values())
         return 24 * values + kronecker_nbytes(*of.kronecker_sides, 0)
     if not of.is_product:
-        return of.nbytes() + 24 * side * side + 24 * of.out * of.n
+        # A float64 matrix takes the decomposition itself, others their Gram matrix, a band at a time.
+        doubles = 24 * of.out * of.n if any(term.is_double for term in of.terms) else 0
+        return of.nbytes() + 24 * side * side + doubles + (16 << 20)
     stored = sum(term.product_rank for term in of.terms)
     return of.nbytes() + truncate_nbytes(of.out, of.n, stored, min(stored, side))
 

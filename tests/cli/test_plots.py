@@ -14,6 +14,7 @@ from loras import MODULE, Maker, kohya_file, named, save
 
 import weightops
 from weightops.cli import plots, render
+from weightops.cli.inspection import fitted, shared_start
 from weightops.errors import OutputError, UsageError
 from weightops.ops.report import Account, Report
 
@@ -177,13 +178,13 @@ def test_wrong_use_is_refused_before_the_file_is_read(words: list[str], said: st
 
 def test_names_that_are_too_long_lose_what_all_have_and_then_their_middle() -> None:
     names = ["lora_unet_down_blocks_0_attn_to_q", "lora_unet_up_blocks_1_attn_to_k"]
-    assert render.fitted(names, 40, whole=False) == names
-    assert render.fitted(names, 23, whole=False) == ["down_blocks_0_attn_to_q", "up_blocks_1_attn_to_k"]
-    assert render.fitted(names, 13, whole=False) == ["down_b…n_to_q", "up_blo…n_to_k"]
-    assert render.fitted(names, 13, whole=True) == names
-    assert render.fitted(["a_long_name"], 7, whole=False) == ["a_l…ame"]
-    assert render.shared_start(["a.b.c", "a.b.d", "a.b.cd"]) == "a.b."
-    assert render.shared_start([]) == render.shared_start(["a.b", "a.b"]) == render.shared_start(["ab", "ac"]) == ""
+    assert fitted(names, 40, whole=False) == names
+    assert fitted(names, 23, whole=False) == ["down_blocks_0_attn_to_q", "up_blocks_1_attn_to_k"]
+    assert fitted(names, 13, whole=False) == ["down_b…n_to_q", "up_blo…n_to_k"]
+    assert fitted(names, 13, whole=True) == names
+    assert fitted(["a_long_name"], 7, whole=False) == ["a_l…ame"]
+    assert shared_start(["a.b.c", "a.b.d", "a.b.cd"]) == "a.b."
+    assert shared_start([]) == shared_start(["a.b", "a.b"]) == shared_start(["ab", "ac"]) == ""
 
 
 def test_a_plan_of_sizes_is_a_table_and_says_nothing_of_a_file_that_was_written(

@@ -16,9 +16,10 @@ from test_resize_memory import KERNEL, KERNELS, MODULE, WEIGHTS, WIDE, adapter
 from weightops.files.checkpoint import open_checkpoint
 from weightops.merging.deltas import DELTA_METHODS
 from weightops.ops.adapter_modules import Base
-from weightops.ops.combine_plan import Wish, line_up
+from weightops.ops.combine_plan import line_up
 from weightops.ops.factor_plan import build, scans
 from weightops.ops.interference import meetings
+from weightops.ops.lined_up import Wish
 from weightops.ops.sums import Blend
 from weightops.plan import Plan
 

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from weightops.cli import options, render
+from weightops.errors import UsageError
 from weightops.lora.dialects import DIALECTS
 from weightops.merging.deltas import DELTA_METHODS
 from weightops.ops.combine import PEERS, combine
@@ -57,6 +58,11 @@ def command(
     Ranks, families, dialects and spellings may differ; a module that only one of them has is kept. The report begins
     with their interference: the cosine of their changes, and how strongly each acts in the sum.
     """
+    if rest["interference_only"]:
+        words = {"--output": rest["output"], "--rank": rest["rank"], "--exact": rest["exact"], "--verify": rest["verify"],
+                 "--dry-run": rest["dry_run"], "--compat": rest["compat"]}  # fmt: skip
+        for word in (word for word, value in words.items() if value):
+            raise UsageError(word, "says nothing with --interference, which writes nothing")
     with render.progress("combining", quiet=quiet or as_json) as on_progress:
         report = combine(*loras, settings=options.settings_of(given), on_progress=on_progress, **rest)
     render.finished(report, as_json=as_json, quiet=quiet, verbose=verbose)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from weightops.cli import options, render
+from weightops.cli.inspection import inspection, inspections
 from weightops.cli.main import print_error
 from weightops.errors import UsageError, WeightopsError
 from weightops.ops.inspect import inspect
@@ -70,15 +71,15 @@ def command(
     if as_json:
         render.emit_json(documents[0] if len(files) == 1 else documents)
     elif len(found) == 1:
-        render.inspection(found[0], verbose=verbose)
+        inspection(found[0], verbose=verbose)
         if plot is not None:
             render.wrote(plot, Path(plot).stat().st_size)
     elif found and (tensors is not None or verbose or any(rest[name] for name in ("stats", "hashes", "spectrum"))):
         for one in found:
-            render.inspection(one, verbose=verbose)
+            inspection(one, verbose=verbose)
             click.echo()
     elif found:
-        render.inspections(found)
+        inspections(found)
     if code:
         sys.exit(code)
 

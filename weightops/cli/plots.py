@@ -12,7 +12,7 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from weightops.cli.render import shared_start
+from weightops.cli.inspection import shared_start
 from weightops.errors import OutputError, UsageError, printable, quote
 from weightops.files.writer import appeared, check_target, part_name
 

@@ -18,11 +18,12 @@ from weightops.lora.units import Unit
 from weightops.merging.deltas import DELTA_METHODS
 from weightops.naming.keymap import ARCHITECTURES
 from weightops.ops.adapter_modules import Base
-from weightops.ops.combine_plan import LinedUp, Vector, Wish, line_up
+from weightops.ops.combine_plan import line_up
 from weightops.ops.cutting import Cutting
 from weightops.ops.dialect_settings import folder_of, metadata_of, told_of_base
 from weightops.ops.fuse import parse
 from weightops.ops.interference import interference, meetings
+from weightops.ops.lined_up import LinedUp, Vector, Wish
 from weightops.ops.produce import Bar, Planned, check_words, named, stem
 from weightops.ops.report import Account, Report, Unused, modules
 from weightops.ops.respell import becomes

@@ -59,10 +59,9 @@ def command(
     with their interference: the cosine of their changes, and how strongly each acts in the sum.
     """
     if rest["interference_only"]:
-        words = {"--output": rest["output"], "--rank": rest["rank"], "--exact": rest["exact"], "--verify": rest["verify"],
-                 "--dry-run": rest["dry_run"], "--compat": rest["compat"]}  # fmt: skip
-        for word in (word for word, value in words.items() if value):
-            raise UsageError(word, "says nothing with --interference, which writes nothing")
+        words = ("output", "rank", "exact", "verify", "dry_run", "compat")
+        for word in (word for word in words if rest[word]):
+            raise UsageError(f"--{word.replace('_', '-')}", "says nothing with --interference, which writes nothing")
     with render.progress("combining", quiet=quiet or as_json) as on_progress:
         report = combine(*loras, settings=options.settings_of(given), on_progress=on_progress, **rest)
     render.finished(report, as_json=as_json, quiet=quiet, verbose=verbose)

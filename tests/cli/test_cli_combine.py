@@ -106,7 +106,10 @@ def test_methods_and_their_settings_reach_the_work() -> None:
         made[words] = Path("out.safetensors").read_bytes()
     assert len(set(made.values())) == 5
     recipe = json.loads(done("--method", "ties", "--set", "density=0.5", "--rank", 8, *OUT, "--json").out)
-    assert recipe["warnings"] == ["ties takes the strengths as shares: twice as much of all of them is the same"]
+    assert recipe["warnings"] == [
+        "ties takes the strengths as shares: twice as much of all of them is the same, "
+        "and what only one LoRA has is kept as it is"
+    ]
 
 
 def test_every_other_option_reaches_the_work() -> None:

@@ -15,7 +15,6 @@ from weightops.lora.lowrank import (
     Factorised,
     LowRank,
     add,
-    inner,
     norm,
     singular_values,
     truncate,
@@ -78,9 +77,8 @@ def test_algebra_of_factors_is_that_of_the_matrices() -> None:
     torch.testing.assert_close(whole(a.transpose()), whole(a).mT)
     torch.testing.assert_close(whole(a.rows(slice(3, 9))), whole(a)[3:9])
     torch.testing.assert_close(a.dense(), whole(a).float())
-    assert math.isclose(inner(a, b), float((whole(a) * whole(b)).sum()), rel_tol=1e-9)
     assert math.isclose(norm(a), float(whole(a).norm()), rel_tol=1e-9)
-    assert (add(a, b).rank, add(a, b).shape, a.first(2).rank) == (11, (24, 40), 2)
+    assert (add(a, b).rank, add(a, b).shape) == (11, (24, 40))
 
 
 def test_halves_are_added_and_scaled_in_float32() -> None:
@@ -95,6 +93,9 @@ def test_a_change_less_itself_is_nothing() -> None:
     difference = add(a, a.scale(-1))
     assert truncate(difference, 8).lowrank.rank == 0
     assert max(singular_values(difference)) <= 1e-12 * norm(a)
+    low = adapter(6, 4, 40)  # of more ranks than rows
+    assert singular_values(add(low, low.scale(-1))) == (0.0,) * 6
+    assert truncate(add(low, low.scale(-1)), 6).lowrank.rank == 0
 
 
 def test_factors_that_do_not_meet_are_our_own_mistake() -> None:
@@ -102,8 +103,6 @@ def test_factors_that_do_not_meet_are_our_own_mistake() -> None:
         LowRank(torch.ones(4, 2), torch.ones(3, 4))
     with pytest.raises(ValueError, match=r"changes of 2 shapes: \[\(4, 5\), \(4, 6\)\]"):
         add(adapter(4, 2, 5), adapter(4, 2, 6))
-    with pytest.raises(ValueError, match=r"changes of 2 shapes: \[\(4, 5\), \(4, 6\)\]"):
-        inner(adapter(4, 2, 5), adapter(4, 2, 6))
 
 
 # ------------------------------------------------------------------------------------------------ truncation
@@ -202,7 +201,9 @@ def test_a_rule_chooses_the_rank_of_a_truncation() -> None:
 
 def test_the_first_ranks_of_a_truncation_are_the_truncation_to_them() -> None:
     a = adapter(24, 6, 40)
-    torch.testing.assert_close(whole(truncate(a, 5).lowrank.first(2)), whole(truncate(a, 2).lowrank), rtol=0, atol=1e-6)
+    more = truncate(a, 5).lowrank
+    first = LowRank(more.up[:, :2], more.down[:2])
+    torch.testing.assert_close(whole(first), whole(truncate(a, 2).lowrank), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -235,9 +236,9 @@ def test_the_height_of_a_band_does_not_matter(
     shape: tuple[int, int, int], limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_GRAM_LIMIT", limit)
-    a, b = adapter(*shape, dtype=torch.float16), adapter(*shape, seed=3)
+    a = adapter(*shape, dtype=torch.float16)
     expected, values = truncate(a, 3), singular_values(a)
-    products = [inner(a, b), norm(a)]
+    size = norm(a)
     for block, panel in ((1, 2), (64, 1), (150, 5)):
         monkeypatch.setattr(module, "_BLOCK", block)
         monkeypatch.setattr(module, "_PANEL", panel)
@@ -246,7 +247,7 @@ def test_the_height_of_a_band_does_not_matter(
         torch.testing.assert_close(found.lowrank.down, expected.lowrank.down, rtol=0, atol=1e-6)
         assert found.singular_values == pytest.approx(expected.singular_values, rel=1e-9)
         assert singular_values(a) == pytest.approx(values, rel=1e-9)
-        assert [inner(a, b), norm(a)] == pytest.approx(products, rel=1e-9)
+        assert norm(a) == pytest.approx(size, rel=1e-9)
 
 
 def test_factors_may_lie_across() -> None:

@@ -103,6 +103,8 @@ SETTINGS: list[tuple[str, dict[str, Any], Callable[..., Tensor]]] = [
     ("dare_ties", {"normalize": False},
      lambda d, w, name, seed: elected(dropped(d, w, name, seed), w, mean=False)),
 ]  # fmt: skip
+# Whose strengths are shares, unless they are told not to normalise.
+SHARED = ("slerp", "ties", "dare_ties", "della")
 PLAIN = {QUERY: MODULES[QUERY], KEY: MODULES[KEY], KERNEL: MODULES[KERNEL]}
 
 
@@ -119,14 +121,16 @@ def files(method: str, dtype: torch.dtype = torch.float32) -> tuple[list[Path], 
     return [save(Path(f"{name}.safetensors"), found) for name, found in zip("abc", given, strict=False)], weights
 
 
-def expected(paths: Sequence[Path], weights: Weights, do: Callable[..., Tensor], seed: int) -> dict[str, Tensor]:
-    """Each module by the reference; what one file alone has, at its strength."""
+def expected(
+    paths: Sequence[Path], weights: Weights, do: Callable[..., Tensor], seed: int, *, shares: bool
+) -> dict[str, Tensor]:
+    """Each module by the reference; what one file alone has, at its strength, or as it is with shares."""
     by_file = [{name: delta.flatten(1) for name, delta in deltas(path).items()} for path in paths]
     found = {}
     for name in dict.fromkeys(name for changes in by_file for name in changes):
         mine = [(changes[name], w) for changes, w in zip(by_file, weights, strict=True) if name in changes]
         if len(mine) == 1:
-            found[name] = mine[0][0] * mine[0][1]
+            found[name] = mine[0][0] * (math.copysign(1, mine[0][1]) if shares else mine[0][1])
         else:
             found[name] = do([d for d, _ in mine], tuple(w for _, w in mine), name=name, seed=seed)
     return found
@@ -137,7 +141,7 @@ def expected(paths: Sequence[Path], weights: Weights, do: Callable[..., Tensor],
 def test_each_method_is_what_it_is_on_dense_matrices(method: str, dtype: torch.dtype) -> None:
     """At all ranks it is that matrix; at fewer, its best approximation, and nothing has less of an error."""
     paths, weights = files(method, dtype)
-    goal = expected(paths, weights, REFERENCES[method], 5)
+    goal = expected(paths, weights, REFERENCES[method], 5, shares=method in SHARED)
     loras = list(zip(paths, weights, strict=True))
     report = combined(*loras, method=method, rank=99, dtype="fp32", seed=5)
     found = matrices()
@@ -157,7 +161,8 @@ def test_each_method_is_what_it_is_on_dense_matrices(method: str, dtype: torch.d
 def test_a_methods_settings_reach_it(method: str, settings: dict[str, Any], do: Callable[..., Tensor]) -> None:
     paths, weights = files(method)
     combined(*zip(paths, weights, strict=True), method=method, settings=settings, rank=99, seed=2)
-    for name, delta in expected(paths, weights, do, 2).items():
+    shares = method in SHARED and settings.get("normalize", True) in (True, "true", "yes")
+    for name, delta in expected(paths, weights, do, 2, shares=shares).items():
         assert off(delta, matrices()[name]) < 2e-6, name
 
 
@@ -179,7 +184,7 @@ def test_chance_depends_on_the_seed_alone(method: str) -> None:
 def test_linear_methods_keep_their_ranks_exactly(method: str) -> None:
     """They are sums with other numbers: no rank need be asked for, and all of them may be kept."""
     paths = [save(Path(f"{name}.safetensors"), locon(PLAIN, rank=4, seed=n)) for n, name in enumerate("ab")]
-    goal = expected(paths, (0.8, 0.6), REFERENCES[method], 0)
+    goal = expected(paths, (0.8, 0.6), REFERENCES[method], 0, shares=method in SHARED)
     report = combined(*zip(paths, (0.8, 0.6), strict=True), method=method, exact=True)
     for name, delta in goal.items():
         assert off(delta, matrices()[name]) < 2e-6
@@ -231,18 +236,45 @@ def test_methods_refuse_what_they_cannot_do() -> None:
 def test_shares_are_told_of() -> None:
     paths, weights = files("ties")
     report = combined(*zip(paths, weights, strict=True), method="ties", rank=4)
-    assert report.warnings == ["ties takes the strengths as shares: twice as much of all of them is the same"]
+    assert report.warnings[0] == (
+        "ties takes the strengths as shares: twice as much of all of them is the same, "
+        "and what only one LoRA has is kept as it is"
+    )
     assert report.summary.endswith(" (ties): 4 modules")
     report = combined(*zip(paths, weights, strict=True), method="ties", rank=4, settings={"normalize": "no"})
-    assert report.warnings == []
+    assert not any("shares" in text for text in report.warnings)
 
 
-def test_biases_are_added_whatever_the_method() -> None:
+@pytest.mark.parametrize(("method", "settings"), [("dare", {"density": 1}), ("orthogonal", {}), ("slerp", {})])
+def test_biases_are_combined_as_matrices_are(method: str, settings: dict[str, float]) -> None:
     modules = [named({QUERY: Maker(n).lora(32, 32, 3) | {".diff_b": Maker(n + 9)(32)}}) for n in range(2)]
     paths = [save(Path(f"{n}.safetensors"), tensors) for n, tensors in enumerate(modules)]
-    combined((paths[0], 0.5), (paths[1], -2.0), method="dare", rank=4)
-    wanted = 0.5 * modules[0][f"{QUERY}.diff_b"] - 2.0 * modules[1][f"{QUERY}.diff_b"]
-    torch.testing.assert_close(tensors_of(OUT)[f"{QUERY}.diff_b"], wanted, rtol=0, atol=1e-6)
+    combined((paths[0], 0.5), (paths[1], 2.0), method=method, settings=settings, rank=4)
+    a, b = (tensors[f"{QUERY}.diff_b"].double() for tensors in modules)
+    if method == "dare":
+        wanted = 0.5 * a + 2.0 * b
+    elif method == "orthogonal":
+        wanted = 0.5 * a + 2.0 * (b - a * float(a @ b / (a @ a)))
+    else:
+        share, angle = 0.8, float(torch.acos(a @ b / a.norm() / b.norm()))
+        arc = math.sin((1 - share) * angle) * a / a.norm() + math.sin(share * angle) * b / b.norm()
+        wanted = arc / math.sin(angle) * ((1 - share) * a.norm() + share * b.norm())
+    torch.testing.assert_close(tensors_of(OUT)[f"{QUERY}.diff_b"].double(), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ties", "slerp"])
+def test_shares_scale_nothing(method: str) -> None:
+    """The same LoRA twice is that LoRA, whatever its strengths, its biases and what only one of the two has."""
+    both = named({QUERY: Maker(1).lora(32, 32, 3) | {".diff_b": Maker(2)(32)}})
+    more = named({KEY: Maker(3).lora(32, 48, 3)})
+    save(Path("a.safetensors"), both)
+    save(Path("b.safetensors"), both | more)
+    words = {"settings": {"density": 1}} if method == "ties" else {}
+    combined(("a.safetensors", 3.0), ("b.safetensors", 3.0), method=method, rank=4, **words)
+    found, given = matrices(OUT), matrices(Path("b.safetensors"))
+    assert found.keys() == given.keys() == {QUERY, KEY}
+    assert all(off(given[name], found[name]) < 1e-5 for name in given)
+    torch.testing.assert_close(tensors_of(OUT)[f"{QUERY}.diff_b"], both[f"{QUERY}.diff_b"], rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ sd-scripts
@@ -288,7 +320,7 @@ def test_sd_scripts_numbers_are_repeated(
     report = combined(*zip(paths, ratios, strict=True), compat="sd-scripts", exact=concat)
     theirs, found = peer(paths, ratios, concat=concat), matrices()
     assert found.keys() == theirs.keys()
-    sums = expected(paths, ratios, REFERENCES["sum"], 0)
+    sums = expected(paths, ratios, REFERENCES["sum"], 0, shares=False)
     for name, delta in theirs.items():
         assert off(delta, found[name]) < (1e-6 if dtype is torch.float32 else 1e-3), name
         told = rows(report)[name]

@@ -65,7 +65,9 @@ def test_a_decay_is_a_running_average(decay: float, count: int) -> None:
     found = ema_weights(str(decay), nothing_told(count))
     assert found == pytest.approx(average, abs=1e-12)
     assert math.fsum(found) == pytest.approx(1)
-    assert ema_weights(str(decay), steps(*range(count, 0, -1))) == found  # it asks for no steps
+    assert ema_weights(str(decay), steps(*(n * n for n in range(1, count + 1)))) == found  # how far apart is no matter
+    with pytest.raises(UsageError, match=r"--ema: found snapshots of steps .* expected them in order"):
+        ema_weights(str(decay), steps(*range(count, 0, -1)))
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.1, 0.25])

@@ -59,7 +59,9 @@ def command(
     with their interference: the cosine of their changes, and how strongly each acts in the sum.
     """
     if rest["interference_only"]:
-        words = ("output", "rank", "exact", "verify", "dry_run", "compat")
+        words = ("output", "rank", "conv_rank", "max_rank", "max_conv_rank", "exact", "verify", "dry_run", "compat")
+        if rest["method"] != "sum" or given:
+            raise UsageError("--method", "says nothing with --interference, which looks at the changes themselves")
         for word in (word for word in words if rest[word]):
             raise UsageError(f"--{word.replace('_', '-')}", "says nothing with --interference, which writes nothing")
     with render.progress("combining", quiet=quiet or as_json) as on_progress:

@@ -241,7 +241,7 @@ def _relative(axes: Axes, said: Mapping[str, Any]) -> None:
     if values and max(values) > 10 * min(values):
         axes.set_xscale("log")
     else:
-        axes.set_xlim(0, 1.15 * max([*values, whole]))
+        axes.set_xlim(0, 1.15 * max([*values, whole]) or 1)
     axes.plot(values, range(len(values)), ".", color=_BLUE, markersize=5, alpha=0.7, markeredgewidth=0)
     axes.axvline(whole, color=_ORANGE, linewidth=1.2)
     _plain_ticks(axes.xaxis)

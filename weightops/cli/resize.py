@@ -63,9 +63,11 @@ def command(
     if plot is not None and len(files) > 1:
         raise UsageError("--plot", f"draws one file, found {len(files)}")
     if rest["plan"]:
-        words = {"--output": output, "--rank": rest["rank"], "--dry-run": rest["dry_run"], "--verify": rest["verify"]}
-        for word in (word for word, value in words.items() if value):
-            raise UsageError(word, "says nothing with --plan, which tries all sizes and writes none")
+        words = ("rank", "conv_rank", "max_rank", "max_conv_rank", "dry_run", "verify")
+        said = {"output": output} | {word: rest[word] for word in words}
+        for word in (word for word, value in said.items() if value not in (None, False)):
+            what = "says nothing with --plan, which tries all sizes and writes none"
+            raise UsageError(f"--{word.replace('_', '-')}", what)
     if plot is not None:
         from weightops.cli.plots import check_plot
 

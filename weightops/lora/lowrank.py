@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 CHUNK = 1 << 20  # values that are held in float64 at a time
 _BLOCK = 1 << 18  # as many on a CPU where they are few columns: they stay in its caches
 _PANEL = 32  # columns of a Gram matrix that a CPU computes together
+# Of the product of the factors' norms: what products in float64 leave of factors that cancel.
+_CANCELLED = 1e-14
 # float64 Gram matrices square the condition: singular values below this, of the product of the factors' norms, lose
 # more than six digits, and QR takes over.
 _GRAM_LIMIT = 1e-5
@@ -58,10 +60,6 @@ class LowRank:
     def rows(self, rows: slice) -> LowRank:
         """The change of these rows of the weight."""
         return LowRank(self.up[rows], self.down)
-
-    def first(self, rank: int) -> LowRank:
-        """The first ranks: of a truncation or factorisation, its best approximation of that rank."""
-        return LowRank(self.up[:, :rank], self.down[:rank])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,17 +136,6 @@ def _size(stack: Tensor) -> int:
     return CHUNK if stack.is_cuda else _BLOCK
 
 
-def _cross(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀ b [r, s] of matrices [m, r] and [m, s], alike."""
-    import torch
-
-    total = a.new_zeros(a.shape[1], b.shape[1], dtype=torch.float64)
-    height = max(1, _size(a) // max(1, a.shape[1] + b.shape[1]))
-    for left, right in zip(torch.split(a, height), torch.split(b, height), strict=True):
-        total.addmm_(left.double().mT, right.double())
-    return total
-
-
 # ------------------------------------------------------------------------------------------------ algebra of factors
 
 
@@ -159,13 +146,6 @@ def add(*parts: LowRank) -> LowRank:
     if len({p.shape for p in parts}) != 1:
         raise ValueError(f"changes of {len(parts)} shapes: {sorted({p.shape for p in parts})}")
     return LowRank(torch.cat([wide(p.up) for p in parts], 1), torch.cat([wide(p.down) for p in parts], 0))
-
-
-def inner(a: LowRank, b: LowRank) -> float:
-    """<ΔA, ΔB>, the Frobenius inner product: Σ (upAᵀ upB) ∘ (downA downBᵀ), in float64. ΔW is never built."""
-    if a.shape != b.shape:
-        raise ValueError(f"changes of 2 shapes: {sorted({a.shape, b.shape})}")
-    return float((_cross(a.up, b.up) * _cross(a.down.mT, b.down.mT)).sum())
 
 
 def norm(a: LowRank) -> float:
@@ -342,6 +322,9 @@ def _thin(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     height = max(1, _size(up) // max(1, count * (out + n)))
     for left, right in zip(torch.split(up, height, 2), torch.split(down, height, 1), strict=True):
         whole.baddbmm_(left.double(), right.double())
+    # Of factors that cancel only rounding is left, whose size nothing but theirs can tell.
+    sizes = [torch.linalg.vector_norm(f, dim=(1, 2), dtype=torch.float64) for f in (up, down, whole)]
+    whole[sizes[2] <= _CANCELLED * sizes[0] * sizes[1]] = 0
     one = torch.eye(min(out, n), dtype=whole.dtype, device=whole.device).expand(count, -1, -1)
     return (one, whole) if out <= n else (whole, one)
 

@@ -62,7 +62,7 @@ class RankRule:
 
     @property
     def said(self) -> str:
-        """The rule as it is typed."""
+        """The rule as it can be typed."""
         if self.kind == "knee":
             return self.kind
         return ("" if self.kind == "rank" else f"{self.kind}:") + f"{self.value:.12g}"

@@ -334,7 +334,10 @@ def _kohya(metadata: Mapping[str, str], written: Sequence[Setting]) -> dict[str,
         "ss_network_dim": told(metadata, "ss_network_dim", {m.ranks[0] for m in rest}),
         "ss_network_alpha": told(metadata, "ss_network_alpha", {m.ranks[1] for m in rest}),
     }
-    if kernels:
+    if apart and not kernels:
+        rest_of = {key: value for key, value in arguments.items() if key not in ("conv_dim", "conv_alpha")}
+        found["ss_network_args"] = json.dumps(rest_of)
+    elif kernels:
         given = {key: str(arguments.get(key, "")) for key in ("conv_dim", "conv_alpha")}
         said = {"conv_dim": told(given, "conv_dim", {m.ranks[0] for m in kernels})}
         if "conv_alpha" in arguments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from weightops.ops.interference import interference, meetings
 from weightops.ops.lined_up import LinedUp, Vector, Wish
 from weightops.ops.produce import Bar, Planned, check_words, named, stem
 from weightops.ops.report import Account, Report, Unused, modules
-from weightops.ops.respell import becomes
+from weightops.ops.respell import becomes, carry
 from weightops.ops.snapshots import ema_weights
 from weightops.ops.sums import Blend
 from weightops.plan import Grain, Input, Plan, Task
@@ -112,7 +113,9 @@ def combine(
                             ("max_conv_rank", max_conv_rank), ("compat", compat), ("dialect", dialect),
                             ("architecture", architecture)):  # fmt: skip
             said |= {name: value if isinstance(value, int) else str(value)} if value is not None else {}
-        said |= {"settings": dict(blend.settings), "seed": seed} if blend is not None else {}
+        said |= {"settings": dict(blend.settings)} if blend is not None else {}
+        drawn = blend is not None or any(not m.of.is_product for m in lined.modules)
+        said |= {"seed": seed} if drawn else {}
         sources = (*files, *([] if model is None else [model.opened]))
         if strict:
             lined.account.refuse_surprises("would be left out", "left out")
@@ -206,7 +209,13 @@ def _interference(work: Cutting, lined: LinedUp, weights: Sequence[float]) -> di
 
 def _names(stems: Sequence[str]) -> list[str]:
     """A name for each file; those that are called alike are numbered."""
-    return [s if stems.count(s) == 1 else f"{s} ({n + 1})" for n, s in enumerate(stems)]
+    found: list[str] = []
+    for number, name in enumerate(stems, 1):
+        alike = stems.count(name) > 1
+        while alike or name in found:
+            name, alike = f"{name} ({number})", False
+        found.append(name)
+    return found
 
 
 @dataclass(slots=True)
@@ -228,11 +237,12 @@ class _Combined:
             if vector.beside in dropped:
                 continue
             outputs[vector.key] = becomes(TensorSpec(vector.dtype, (vector.rows,)), self.dtype)
-            tasks.append(_vector_task(vector, outputs[vector.key], self.sources))
+            tasks.append(_vector_task(vector, outputs[vector.key], self.sources, lined.wish.blend))
         for key, number in lined.embeddings.items():
             spec = lined.files[number].tensors[key].spec
-            outputs[key] = spec
-            tasks.append(Task(key, (Input(number, Slot(key, spec)),), (Slot(key, spec),)))
+            outputs[key] = becomes(spec, self.dtype)
+            task = carry(key, spec, key, self.dtype)
+            tasks.append(replace(task, inputs=tuple(replace(entry, source=number) for entry in task.inputs)))
         with_bias = {vector.beside for vector in lined.vectors}
         units = [self._unit(m, r, with_bias) for m, r in zip(lined.modules, ranks, strict=True) if r]
         metadata: dict[str, str] = {"format": "pt"}
@@ -314,8 +324,14 @@ class _Combined:
         if dropped:
             found.append(f"{modules(len(dropped))} of rank 0: dropped, {quote(dropped[0])} the first")
         blend = self.lined.wish.blend
-        if blend is not None and (blend.method.name == "slerp" or blend.settings.get("normalize")):
-            found.append(f"{blend.method.name} takes the strengths as shares: twice as much of all of them is the same")
+        if blend is not None and blend.shares:
+            what = "twice as much of all of them is the same, and what only one LoRA has is kept as it is"
+            found.append(f"{blend.method.name} takes the strengths as shares: {what}")
+        others = {t.family.name for m in self.lined.modules for t in m.of.terms} & {"loha", "lokr"}
+        if others and "rank" not in self.said and not self.said["exact"]:
+            most = max(ranks, default=0)
+            who = " and ".join(sorted(others))
+            found.append(f"{who} come in with all their ranks, up to {most}; --rank takes fewer")
         return found
 
     def line(self, report: Report) -> str:
@@ -354,20 +370,31 @@ def _common(files: Sequence[Any]) -> dict[str, str]:
     return {key: value for key, values in found.items() if len(values) == 1 and (value := values.pop()) is not None}
 
 
-def _vector_task(vector: Vector, spec: TensorSpec, sources: Sequence[Any]) -> Task:
-    """Σ factor · rows, of biases and norms."""
+def _vector_task(vector: Vector, spec: TensorSpec, sources: Sequence[Any], blend: Blend | None) -> Task:
+    """Σ factor · rows, of biases and norms, or what else becomes of them."""
     inputs = tuple(Input(s.file, s.source.rows(sources[s.file].tensors[s.source.key].spec)) for s in vector.summands)
-    compute = functools.partial(_summed, vector)
-    return Task(vector.key, inputs, (Slot(vector.key, spec),), compute, Grain.TENSOR, work_nbytes=40 * spec.values)
+    compute = functools.partial(_added, vector, blend)
+    work = 40 * spec.values * (1 + len({s.file for s in vector.summands}))
+    return Task(vector.key, inputs, (Slot(vector.key, spec),), compute, Grain.TENSOR, work_nbytes=work)
 
 
-def _summed(vector: Vector, inputs: Sequence[Tensor], outputs: Sequence[Tensor], _block: Block) -> None:
+def _added(
+    vector: Vector, blend: Blend | None, inputs: Sequence[Tensor], outputs: Sequence[Tensor], _block: Block
+) -> None:
     import torch
 
     from weightops.merging.method import store
 
-    found = torch.zeros(vector.rows, dtype=torch.float64, device=inputs[0].device)
+    parts: dict[int, Any] = {}
     for summand, given in zip(vector.summands, inputs, strict=True):
+        if summand.file not in parts:
+            parts[summand.file] = torch.zeros(1, vector.rows, dtype=torch.float64, device=given.device)
         for start, stop, to in summand.placed:
-            found[to : to + stop - start] += summand.factor * given.reshape(-1)[start:stop].double()
-    store(found, outputs[0])
+            parts[summand.file][0, to : to + stop - start] += summand.factor * given.reshape(-1)[start:stop].double()
+    if blend is None:
+        found = functools.reduce(operator.add, parts.values())
+    elif len(parts) == 1:
+        found = next(part * blend.alone(file) for file, part in parts.items())
+    else:
+        found = blend.combined(vector.key, parts)
+    store(found.reshape(outputs[0].shape), outputs[0])

@@ -177,7 +177,7 @@ def _module(lined: LinedUp, component: str, prefix: str, module: str, terms: Seq
     shape = (rows, *max((term.shape[1:] for term in terms), key=len))
     blend = lined.wish.blend
     if blend is not None and len({term.source for term in terms}) == 1:  # nothing to combine it with
-        terms = [replace(term, strength=lined.wish.strengths[term.source]) for term in terms]
+        terms = [replace(term, strength=blend.alone(term.source)) for term in terms]
         blend = None
     of = Sum(name, tuple(terms), shape, blend)
     parts = ["up", "down", *(["alpha"] if _says_alpha(lined) else []), *(["diff"] if _says_diff(lined) else [])]
@@ -254,7 +254,7 @@ def _vectors(
     for part, source in parts_of(adapter, specs).items():
         if family.sets or not (part in family.of_bias or (part in _CHANGED and len(source.spec.shape) == 1)):
             continue
-        factor = lined.wish.strengths[number] * scale
+        factor = (1.0 if _is_blended(lined) else lined.wish.strengths[number]) * scale
         vectors.setdefault(_CHANGED[part], []).append(Summand(number, source, factor, placed))
         taken.add(part)
     for part, key in adapter.keys.items():

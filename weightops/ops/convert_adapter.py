@@ -133,6 +133,8 @@ def _check_words_of_loras(words: Words, wish: LoraWish) -> None:
     if words.drop or words.check:
         given = "--drop" if words.drop else "--check"
         raise UsageError(given, "says nothing with --to lora", None if words.drop else "--verify does what can be done")
+    if words.allow_nonfinite:
+        raise UsageError("--allow-nonfinite", "says nothing with --to lora: what holds NaN or Inf has no factors")
     if words.alpha != "carry":
         raise UsageError("--alpha", "says nothing with --to lora: the strength stays where it is")
     if words.dtype.startswith("fp8"):

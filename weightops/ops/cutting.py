@@ -17,6 +17,7 @@ from weightops.ops.factor_check import check_factors
 from weightops.ops.factor_plan import Built, Module, build, rows_of, scans
 from weightops.ops.produce import Bar, Planned, is_cuda, output_nbytes, produce
 from weightops.ops.report import Report, input_entries
+from weightops.ops.size_curve import error_of
 from weightops.ops.truncation import squared
 from weightops.plan import Input, Plan, Task
 
@@ -94,7 +95,9 @@ class Cutting:
             norms = [0.0] * count
             for task, (n, _) in enumerate(weights, count):
                 norms[n] += math.fsum(values[task])
-            self.given = [weighted(s, 1 / w if w else 0.0) for s, w in zip(self.given, norms, strict=True)]
+            # A change of what is nothing weighs more than any other.
+            least = 1e-12 * (max(norms) or 1.0)
+            self.given = [weighted(s, 1 / max(w, least)) for s, w in zip(self.given, norms, strict=True)]
         return self.given
 
     def scan_values(self, tasks: Sequence[Task], on_progress: Progress) -> list[list[Any]]:
@@ -177,6 +180,8 @@ class Cutting:
 
         def then(outcome: Outcome, report: Report) -> None:
             report.details |= summed(rows_of(self.modules, ranks, built.values(outcome.values), given))
+            if self.frames:
+                report.details["weighted_error"] = error_of(given, ranks)
             report.details["line"] = self.file.line(report)
 
         planned.then = then

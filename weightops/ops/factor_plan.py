@@ -82,7 +82,7 @@ class Module:
 
     def is_whole(self, rank: int) -> bool:
         """Is the difference itself written, for it is smaller than its factors?"""
-        if self.of.is_product or "diff" not in self.keys:
+        if self.of.is_product or "diff" not in self.keys or self.kept or self.scale != 1:
             return False
         return self.exact or rank * (self.of.out + self.of.n) >= _SMALLER * self.of.out * self.of.n
 
@@ -256,7 +256,7 @@ def rows_of(
         value = found.get(n)
         if value is None:
             norm = given[n].energy ** 0.5
-            value = Found(norm, 0.0 if norm else 1.0, norm, 0, "none")
+            value = Found(norm, 0.0 if norm else 1.0, norm, "none")
         rank = module.rank_before if module.is_whole(ranks[n]) and ranks[n] else ranks[n]
         rows.append({
             "name": module.of.name, "rank_before": module.rank_before, "rank": rank, "energy": value.kept,

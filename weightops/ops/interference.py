@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightops.lora.lowrank import LowRank
 from weightops.lora.overlap import meeting, sign_conflicts
-from weightops.ops.sums import Sum, by_file, refuse_nonfinite
+from weightops.ops.sums import Sum, add_products, bands, by_file, by_rows, refuse_nonfinite
 from weightops.plan import Grain, Task
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ def _by_factors(of: Sum) -> bool:
 
 
 def _met_nbytes(of: Sum) -> int:
-    rows = 96 * _ROWS * of.n
+    rows = (96 + 8 * len(of.files)) * _ROWS * of.n
     if not _by_factors(of):
-        return of.nbytes() + 16 * (len(of.files) + 2) * of.out * of.n + rows
+        return of.by_rows_nbytes() + of.bands_nbytes(len(of.files)) + rows
     rank = sum(term.product_rank for term in of.terms)
     return of.nbytes() + 16 * rank * (of.out + of.n) + 64 * rank * rank + rows + (8 << 20)
 
@@ -68,42 +69,50 @@ def _met(of: Sum, weights: Sequence[float]) -> Callable[[Sequence[Tensor], Seque
     def compute(inputs: Sequence[Tensor], _outputs: Sequence[Tensor], _block: Block) -> Met:
         import torch
 
-        parts = by_file(of, inputs)
-        for part in parts.values():
-            refuse_nonfinite(of, part)
-        files, changes = tuple(parts), list(parts.values())
-        products = [part for part in changes if isinstance(part, LowRank)] if _by_factors(of) else []
         rows = sorted({of.out * n // min(_ROWS, of.out) for n in range(min(_ROWS, of.out))})
-        angles: dict[tuple[int, int], tuple[float, ...]] = {}
-        if len(products) == len(changes):
+        if _by_factors(of):
+            products = [part for part in by_file(of, inputs).values() if isinstance(part, LowRank)]
+            for part in products:
+                refuse_nonfinite(of, part)
             inner, angles = meeting(products)
         else:
-            changes = [part.dense() if isinstance(part, LowRank) else part for part in changes]
-            flat = [part.flatten().double() for part in changes if not isinstance(part, LowRank)]
-            inner = [[float(torch.dot(a, b)) for b in flat] for a in flat]
+            products = []
+            inner, sample = _looked_through(of, inputs, rows)
         pairs = []
-        for i in range(len(files)):
-            for j in range(i + 1, len(files)):
-                a, b = changes[i], changes[j]
-                first, second = weights[files[i]], weights[files[j]]
-                if isinstance(a, LowRank) and isinstance(b, LowRank):
-                    found = angles[i, j]
-                    shared = math.fsum(math.cos(angle) ** 2 for angle in found) / len(found) if found else 0.0
-                    smallest = found[0] if found else None
-                    signs = sign_conflicts(a.scale(first), b.scale(second), rows)
-                    pairs.append(Pair(files[i], files[j], smallest, shared, *signs))
-                else:
-                    assert not isinstance(a, LowRank)
-                    assert not isinstance(b, LowRank)
-                    x, y = a[rows] * first, b[rows] * second
-                    product, smaller = x.sign() * y.sign(), torch.minimum(x.abs(), y.abs())
-                    both, common = int(product.abs().sum()), float(smaller.sum(dtype=torch.float64))
-                    share = int((product < 0).sum()) / both if both else 0.0
-                    lost = float(smaller[product < 0].sum(dtype=torch.float64)) / common if common else 0.0
-                    pairs.append(Pair(files[i], files[j], None, None, share, lost))
-        return Met(files, inner, pairs)
+        for i, j in itertools.combinations(range(len(of.files)), 2):
+            files = of.files[i], of.files[j]
+            first, second = (weights[file] for file in files)
+            if products:
+                found = angles[i, j]
+                shared = math.fsum(math.cos(angle) ** 2 for angle in found) / len(found) if found else 0.0
+                signs = sign_conflicts(products[i].scale(first), products[j].scale(second), rows)
+                pairs.append(Pair(*files, found[0] if found else None, shared, *signs))
+                continue
+            x, y = sample[i] * first, sample[j] * second
+            product, smaller = x.sign() * y.sign(), torch.minimum(x.abs(), y.abs())
+            both, common = int(product.abs().sum()), float(smaller.sum(dtype=torch.float64))
+            share = int((product < 0).sum()) / both if both else 0.0
+            lost = float(smaller[product < 0].sum(dtype=torch.float64)) / common if common else 0.0
+            pairs.append(Pair(*files, None, None, share, lost))
+        return Met(of.files, inner, pairs)
 
     return compute
+
+
+def _looked_through(of: Sum, inputs: Sequence[Tensor], rows: Sequence[int]) -> tuple[list[list[float]], list[Tensor]]:
+    """The inner products of the files' changes, and these rows of each; every change is computed once."""
+    import torch
+
+    changes = list(by_rows(of, inputs).values())
+    inner = [[0.0] * len(changes) for _ in changes]
+    sample: list[list[Tensor]] = [[] for _ in changes]
+    for band, each in bands(changes):
+        add_products(inner, each)
+        here = [row - band.start for row in rows if band.start <= row < band.stop]
+        for found, change in zip(sample, each, strict=True):
+            refuse_nonfinite(of, change)
+            found.append(change[here])
+    return inner, [torch.cat(found) for found in sample]
 
 
 def interference(met: Mapping[str, Met], weights: Sequence[float], names: Sequence[str]) -> dict[str, Any]:

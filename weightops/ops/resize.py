@@ -92,6 +92,7 @@ def resize(
         said |= {"all_kernels": True} if all_kernels else {}
         weighs = model is not None and (plan or rule.kind in OF_THE_FILE)
         own = modules_of(opened, found, base=model, frames=weighs)
+        said |= {} if all(m.of.is_product for m in own.modules) else {"seed": seed}
         check_own(own, base=model is not None, strict=strict)
         sources = (opened,) if model is None else (opened, model.opened)
         target = _target(own, output, "-" + str(rank).replace(":", "").replace(" ", ""), folder)
@@ -215,6 +216,8 @@ class Own:
         details = report.details
         dropped = sum(1 for row in details["modules"] if not row["rank"])
         said = f"Keeps {100 * details['energy']:.2f} % of the energy, relative error {100 * details['error']:.2f} %"
+        if "weighted_error" in details:
+            said += f", {100 * details['weighted_error']:.2f} % where each weighs by its weight in the base"
         said += f"; {modules(dropped)} dropped" if dropped else ""
         return f"{said}; {self.own.opened.nbytes / 1e6:,.1f} MB → {report.bytes_written / 1e6:,.1f} MB"
 

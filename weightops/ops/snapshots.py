@@ -30,10 +30,10 @@ def ema_weights(said: str, metadata: Sequence[Mapping[str, str]]) -> list[float]
         value = float(setting)
     except ValueError:
         value = math.nan
+    times = _steps(metadata)
     if not colon and 0 < value < 1:
         kept = [value] * len(metadata)
     elif name == "sigma" and 0 < value < _WIDEST:
-        times = _steps(metadata)
         power = _gamma(value) + 1
         kept = [0.0, *((before / now) ** power for before, now in itertools.pairwise(times))]
     else:

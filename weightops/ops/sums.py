@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightops.errors import ValueRefused, quote
-from weightops.lora.family import Parts, change
-from weightops.lora.lowrank import LowRank, add
+from weightops.lora.family import Parts, change, grain_of
+from weightops.lora.lowrank import LowRank, add, wide
 from weightops.merging.rounding import generator_for
 from weightops.plan import Input
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
     from torch import Tensor
@@ -28,6 +26,8 @@ if TYPE_CHECKING:
 
 # Rows `start` to `stop` of a change, and the row of the sum at which they stand.
 Placement = tuple[int, int, int]
+
+_BAND = 1 << 19  # values of a matrix that are computed at a time, or one row
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +92,48 @@ class Term:
     def count(self) -> int:
         return len(self.parts) + len(self.frame)
 
-    def nbytes(self) -> int:
-        """The most that its part of `total` takes beside its inputs."""
+    @property
+    def is_banded(self) -> bool:
+        """May its rows be computed apart?"""
+        shapes = {part: source.spec.shape for part, source in self.parts.items()}
+        return grain_of(self.family, shapes, self.shape) == "rows"
+
+    @property
+    def as_large(self) -> tuple[str, ...]:
+        """The parts that are themselves rows of a matrix, which are looked at where they lie."""
+        return () if self.family.lowrank is not None else self.family.rows
+
+    def product_nbytes(self) -> int:
+        """The most that its `factors` take beside its inputs."""
         size = 8 if self.is_double else 4
         if self.is_plain:  # it is looked at where it lies, unless its values are of 8 bits
             return 4 * sum(s.spec.values for s in self.parts.values() if s.spec.dtype.startswith("F8"))
         parts = size * sum(source.spec.values for source in self.parts.values())
-        if self.is_product:
-            return parts + 3 * size * self.product_rank * (self.out + self.n)
-        return parts + 5 * size * self.out * self.n
+        return parts + 3 * size * self.product_rank * (self.out + self.n)
+
+    def held_nbytes(self) -> int:
+        """What stays of it while its rows are asked for, but for a matrix that is not banded."""
+        if not self.is_banded:
+            return 0
+        looked = (s.spec for part, s in self.parts.items() if part in self.as_large)
+        others = (s.spec for part, s in self.parts.items() if part not in self.as_large)
+        return sum(2 * s.values for s in looked if s.dtype.startswith("F8")) + 8 * sum(s.values for s in others)
+
+    def work_nbytes(self) -> int:
+        """The most that it takes beside that, for a band of its rows; or for all, where they cannot be apart."""
+        values = self.out * self.n
+        if not self.is_banded:
+            size = 8 if self.is_double else 4
+            return size * (sum(source.spec.values for source in self.parts.values()) + 5 * values)
+        height = min(self.out, max(1, _BAND // max(self.n, 1)))
+        shapes = {part: source.spec.shape for part, source in self.parts.items()}
+        rank = self.family.rank(shapes) or 0
+        made = 16 * height * rank + 4 * max((source.spec.values for source in self.parts.values()), default=0)
+        if len(self.shape) > 2:  # with a core, what it makes of a factor
+            made += 48 * rank * self.n
+        if self.family.kronecker_sides is not None:
+            made += 24 * math.prod(self.family.kronecker_sides(shapes)[1])
+        return made + 64 * height * self.n
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +144,41 @@ class Blend:
     weights: Mapping[int, float]
     settings: Mapping[str, Any]
     seed: int
+
+    @property
+    def shares(self) -> bool:
+        """Are the weights shares of one whole, so that twice as much of all of them is the same?"""
+        return self.method.name == "slerp" or bool(self.settings.get("normalize"))
+
+    def alone(self, file: int) -> float:
+        """The strength of what only this file has: nothing is there to share with."""
+        weight = self.weights[file]
+        return math.copysign(1.0, weight) if self.shares and weight else weight
+
+    def combined(self, name: str, parts: Mapping[int, Change | Tensor]) -> LowRank | Tensor:
+        """The changes of several files, by their numbers, combined: factors where that takes no matrix."""
+        import torch
+
+        from weightops.lora.overlap import gram
+
+        weights, changes = [self.weights[file] for file in parts], list(parts.values())
+        if not self.method.linear:
+            whole = [_by_rows(part) for part in changes]
+            out = torch.empty(whole[0].shape, device=whole[0].device)
+            self.method.fill(
+                whole, out, weights=weights, settings=self.settings,
+                random=lambda block: generator_for(self.seed, name, block),  # the CPU's, on every device
+            )  # fmt: skip
+            return out
+        products = [part for part in changes if isinstance(part, LowRank)]
+        if len(products) == len(changes):
+            numbers = self.method.coefficients(gram(products), weights, self.settings)
+            return add(*(part.scale(c) for part, c in zip(products, numbers, strict=True)))
+        whole = [_by_rows(part) for part in changes]
+        inner = [[0.0] * len(whole) for _ in whole]
+        for _, each in bands(whole):
+            add_products(inner, each)
+        return _matrix(whole, self.method.coefficients(inner, weights, self.settings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,15 +244,66 @@ class Sum:
 
     def nbytes(self) -> int:
         """The most that `total` takes beside the inputs, its result among it."""
-        each = sum(term.nbytes() for term in self.terms)
-        rank = sum(term.product_rank for term in self.terms if term.is_product)
-        joined = 16 * rank * (self.out + self.n) if len(self.terms) > 1 else 0
         if self.is_product:
-            return each + joined
-        if self.blend is None or self.blend.method.linear:
-            return each + 16 * self.out * self.n
-        # Its result, in float32; products are asked for a few rows at a time.
-        return each + joined + 4 * self.out * self.n + self.blend.method.nbytes(self.out, self.n, len(self.files))
+            return _products_nbytes(self.terms, self.out, self.n)
+        result = (8 if any(term.is_double for term in self.terms) else 4) * self.out * self.n
+        if self.blend is None:
+            return self._rows_nbytes([self.terms]) + result
+        own = [tuple(term for term in self.terms if term.source == file) for file in self.files]
+        products = [terms for terms in own if all(term.is_product for term in terms)]
+        found = self._rows_nbytes([terms for terms in own if terms not in products]) + result
+        found += sum(_products_nbytes(terms, self.out, self.n) for terms in products)
+        return found + self.blend.method.nbytes(self.out, self.n, len(own)) + self.bands_nbytes(len(own))
+
+    def by_rows_nbytes(self) -> int:
+        """What the changes of `by_rows` hold, and take while they are asked for some."""
+        return self._rows_nbytes([[t for t in self.terms if t.source == file] for file in self.files])
+
+    def bands_nbytes(self, count: int) -> int:
+        """What the `bands` of so many changes take."""
+        return 8 * (count + 2) * min(self.out * self.n, max(_BAND, self.n))
+
+    def _rows_nbytes(self, groups: Sequence[Sequence[Term]]) -> int:
+        terms = [term for group in groups for term in group]
+        size = 8 if any(term.is_double for term in terms) else 4
+        whole = sum(1 for group in groups if not all(term.is_banded for term in group))
+        held = sum(term.held_nbytes() for term in terms) + size * whole * self.out * self.n
+        return held + max((term.work_nbytes() for term in terms), default=0)
+
+
+def _products_nbytes(terms: Sequence[Term], out: int, n: int) -> int:
+    """What the factors of terms take, and all of these side by side."""
+    joined = 16 * sum(term.product_rank for term in terms) * (out + n) if len(terms) > 1 else 0
+    return sum(term.product_nbytes() for term in terms) + joined
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """A change [out, n] whose rows are computed when they are asked for, in float64.
+
+    pieces: what is added up: where its rows stand, and a function of these. is_double: is the whole to be in float64?
+    """
+
+    shape: tuple[int, int]
+    pieces: tuple[tuple[tuple[Placement, ...], Callable[[slice], Tensor]], ...]
+    device: torch.device
+    is_double: bool
+
+    def rows(self, rows: slice) -> Tensor:
+        import torch
+
+        start, stop, _ = rows.indices(self.shape[0])
+        found = torch.zeros(stop - start, self.shape[1], dtype=torch.float64, device=self.device)
+        for placed, piece in self.pieces:
+            for low, high, to in placed:
+                a, b = max(start, to), min(stop, to + high - low)
+                if a < b:
+                    found[a - start : b - start] += piece(slice(low + a - to, low + b - to))
+        return found
+
+
+# What a file changes: factors, where it is a product of such.
+Change = LowRank | Rows
 
 
 def factors(term: Term, given: Sequence[Tensor], out: int) -> LowRank:
@@ -223,22 +342,50 @@ def _alpha(term: Term) -> float | None:
     return None if term.apart else term.alpha
 
 
-def dense(term: Term, given: Sequence[Tensor], out: int) -> Tensor:
-    """The term as a matrix [out, n] in float32, or float64."""
+def _rows_of(term: Term, given: Sequence[Tensor]) -> Callable[[slice], Tensor]:
+    """A banded term's rows, flat, in float64."""
+    tensors = {}
+    for part, tensor in zip(term.parts, given, strict=False):
+        tensors[part] = _looked(tensor) if part in term.as_large else wide(tensor).double()
+    parts, frame = Parts(tensors, _alpha(term), term.shape, term.told), given[len(term.parts) :]
+
+    def rows_of(rows: slice) -> Tensor:
+        if not frame:
+            assert term.family.delta is not None
+            found = wide(term.family.delta(parts, rows)).double().flatten(1)
+            return found if term.apart or term.strength == 1 else found * term.strength
+        weight = _weight(frame, rows).reshape(-1, *term.shape[1:])
+        return (change(term.family, parts, weight, term.strength, rows) - weight).flatten(1)
+
+    return rows_of
+
+
+def _looked(tensor: Tensor) -> Tensor:
+    """As it is, unless its values are of 8 bits, of which torch has no arithmetic: half precision holds them."""
+    return tensor.half() if tensor.element_size() == 1 else tensor
+
+
+def _weight(frame: Sequence[Tensor], rows: slice) -> Tensor:
+    """These rows of stacked tensors, flat, in float64."""
     import torch
 
-    wide = torch.float64 if term.is_double else torch.float32
-    if term.frame:
-        weight = torch.cat([t.to(wide).reshape(len(t), *term.shape[1:]) for t in given[len(term.parts) :]])
-        found = change(term.family, _parts(term, given, wide), weight, term.strength) - weight
-    elif term.is_product:
-        return factors(term, given, out).dense()
-    else:
-        assert term.family.delta is not None
-        found = term.family.delta(_parts(term, given, wide), slice(None))
-        found = found if term.apart or term.strength == 1 else found * term.strength
-    found = found.flatten(1)
-    return found if term.placed is None else _place(found, term.placed, out)
+    found, at = [], 0
+    for tensor in frame:
+        low, high = max(rows.start - at, 0), min(rows.stop - at, len(tensor))
+        found += [wide(tensor[low:high]).double().flatten(1)] if low < high else []
+        at += len(tensor)
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _whole(term: Term, given: Sequence[Tensor]) -> Tensor:
+    """A term whose rows cannot be computed apart, in float32, or float64."""
+    import torch
+
+    working = torch.float64 if term.is_double else torch.float32
+    frame = [t.to(working).reshape(len(t), *term.shape[1:]) for t in given[len(term.parts) :]]
+    weight = frame[0] if len(frame) == 1 else torch.cat(frame)
+    del frame
+    return (change(term.family, _parts(term, given, working), weight, term.strength) - weight).flatten(1)
 
 
 def _place(values: Tensor, placed: Sequence[Placement], out: int) -> Tensor:
@@ -251,9 +398,10 @@ def _place(values: Tensor, placed: Sequence[Placement], out: int) -> Tensor:
 def total(of: Sum, inputs: Sequence[Tensor]) -> LowRank | Tensor:
     """The whole sum: factors where every term is a product, else a matrix. Raises ValueRefused for NaN and Inf."""
     if of.blend is not None:
-        found = _blended(of, of.blend, inputs)
+        found = of.blend.combined(of.name, by_file(of, inputs))
     else:
-        found = _added(of, list(zip(of.terms, of.split(inputs), strict=True)))
+        added = _added(of, list(zip(of.terms, of.split(inputs), strict=True)))
+        found = added if isinstance(added, LowRank) else _matrix([added], [1.0])
     refuse_nonfinite(of, found)
     return found
 
@@ -277,53 +425,91 @@ def kronecker(of: Sum, inputs: Sequence[Tensor]) -> tuple[LowRank, LowRank]:
     return (a if term.apart or term.strength == 1 else a.scale(term.strength)), b
 
 
-def by_file(of: Sum, inputs: Sequence[Tensor]) -> dict[int, LowRank | Tensor]:
+def by_file(of: Sum, inputs: Sequence[Tensor]) -> dict[int, Change]:
     """The sum of each file's own terms, at their strengths."""
     pairs = list(zip(of.terms, of.split(inputs), strict=True))
     return {file: _added(of, [pair for pair in pairs if pair[0].source == file]) for file in of.files}
 
 
-def _added(of: Sum, pairs: Sequence[tuple[Term, Sequence[Tensor]]]) -> LowRank | Tensor:
+def by_rows(of: Sum, inputs: Sequence[Tensor]) -> dict[int, Rows]:
+    """The same, none of them as factors."""
+    pairs = list(zip(of.terms, of.split(inputs), strict=True))
+    return {file: _rows(of, [pair for pair in pairs if pair[0].source == file]) for file in of.files}
+
+
+def _added(of: Sum, pairs: Sequence[tuple[Term, Sequence[Tensor]]]) -> Change:
     if all(term.is_product for term, _ in pairs):
         parts = [factors(term, given, of.out) for term, given in pairs]
         return parts[0] if len(parts) == 1 else add(*parts)
-    return functools.reduce(operator.add, (dense(term, given, of.out) for term, given in pairs))
+    return _rows(of, pairs)
 
 
-def _blended(of: Sum, blend: Blend, inputs: Sequence[Tensor]) -> LowRank | Tensor:
+def _rows(of: Sum, pairs: Sequence[tuple[Term, Sequence[Tensor]]]) -> Rows:
+    """Terms that are banded as such; the others, added up."""
     import torch
 
-    from weightops.lora.overlap import gram
-
-    parts = by_file(of, inputs)
-    weights = [blend.weights[file] for file in parts]
-    if not blend.method.linear:
-        out = torch.empty(of.out, of.n, device=inputs[0].device)
-        blend.method.fill(
-            [_Rows(part) for part in parts.values()], out, weights=weights, settings=blend.settings,
-            random=lambda block: generator_for(blend.seed, of.name, block),  # the CPU's, on every device
-        )  # fmt: skip
-        return out
-    products = [part for part in parts.values() if isinstance(part, LowRank)]
-    if len(products) == len(parts):
-        numbers = blend.method.coefficients(gram(products), weights, blend.settings)
-        return add(*(part.scale(c) for part, c in zip(products, numbers, strict=True)))
-    whole = [part.dense() if isinstance(part, LowRank) else part for part in parts.values()]
-    inner = [[float(torch.dot(a.flatten().double(), b.flatten().double())) for b in whole] for a in whole]
-    numbers = blend.method.coefficients(inner, weights, blend.settings)
-    return functools.reduce(operator.add, (part * c for part, c in zip(whole, numbers, strict=True)))
+    everywhere = ((0, of.out, 0),)
+    is_double = any(term.is_double for term, _ in pairs)
+    device = pairs[0][1][0].device
+    pieces, held = [], None
+    for term, given in pairs:
+        if term.is_banded:
+            pieces.append((term.placed or everywhere, _rows_of(term, given)))
+            continue
+        if held is None:
+            held = torch.zeros(of.out, of.n, dtype=torch.float64 if is_double else torch.float32, device=device)
+        whole = _whole(term, given)
+        for start, stop, to in term.placed or everywhere:
+            held[to : to + stop - start] += whole[start:stop]
+        del whole
+    if held is not None:
+        pieces.append((everywhere, held.__getitem__))
+    return Rows((of.out, of.n), tuple(pieces), device, is_double)
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """A change as methods take it: by its rows."""
+def _by_rows(given: Change | Tensor) -> Rows:
+    import torch
 
-    change: LowRank | Tensor
+    if isinstance(given, Rows):
+        return given
+    out, n = given.shape
+    everywhere = ((0, out, 0),)
+    if isinstance(given, LowRank):
+        double = given.up.dtype is torch.float64
+        return Rows((out, n), ((everywhere, lambda rows: given.rows(rows).dense()),), given.up.device, double)
+    return Rows((out, n), ((everywhere, given.__getitem__),), given.device, given.dtype is torch.float64)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        out, n = self.change.shape
-        return out, n
 
-    def rows(self, rows: slice) -> Tensor:
-        return self.change.rows(rows).dense() if isinstance(self.change, LowRank) else self.change[rows]
+def bands(changes: Sequence[Rows]) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Bands of rows whose height follows from the shape alone, and there each change, in float64."""
+    out, n = changes[0].shape
+    height = max(1, _BAND // max(n, 1))
+    for start in range(0, out, height):
+        rows = slice(start, min(start + height, out))
+        yield rows, [each.rows(rows) for each in changes]
+
+
+def add_products(inner: list[list[float]], each: Sequence[Tensor]) -> None:
+    """Add a band's inner products to those of the changes."""
+    import torch
+
+    for i, a in enumerate(each):
+        for j, b in enumerate(each[: i + 1]):
+            inner[i][j] += float(torch.dot(a.view(-1), b.view(-1)))
+            inner[j][i] = inner[i][j]
+
+
+def _matrix(changes: Sequence[Rows], numbers: Sequence[float]) -> Tensor:
+    """Σ number · change."""
+    import torch
+
+    double = any(each.is_double for each in changes)
+    found = torch.empty(changes[0].shape, dtype=torch.float64 if double else torch.float32, device=changes[0].device)
+    for rows, each in bands(changes):
+        for band, number in zip(each, numbers, strict=True):
+            if number != 1:
+                band.mul_(number)
+        for band in each[1:]:
+            each[0].add_(band)
+        found[rows] = each[0]
+    return found

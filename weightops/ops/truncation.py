@@ -42,7 +42,6 @@ class Found(NamedTuple):
     norm: float
     kept: float
     lost: float
-    rank: int
     method: str
 
 
@@ -97,7 +96,9 @@ def _written(found: Factorised, down: Tensor, up: Tensor, scale: float) -> Found
     """Fill both outputs, and say what they hold; ranks that are not there are zeros."""
     _fill(found.lowrank, down, up)
     lost = math.hypot(found.error * found.norm, distance(found.lowrank, _as_written(down, up)))
-    return Found(abs(scale) * found.norm, found.energy, abs(scale) * lost, found.lowrank.rank, found.method)
+    if not scale:  # an alpha of 0: nothing is lost of nothing
+        return Found(0.0, 1.0, 0.0, found.method)
+    return Found(abs(scale) * found.norm, found.energy, abs(scale) * lost, found.method)
 
 
 def _fill(lowrank: LowRank, down: Tensor, up: Tensor) -> None:
@@ -131,7 +132,7 @@ def joined(of: Sum, *, scale: float = 1.0) -> Compute:
         down, up = outputs
         _fill(found, down, up)
         lost = distance(found, _as_written(down, up))
-        return [Found(abs(scale) * norm(found), 1.0, abs(scale) * lost, found.rank, "joined")]
+        return [Found(abs(scale) * norm(found), 1.0, abs(scale) * lost, "joined")]
 
     return compute
 
@@ -173,7 +174,7 @@ def whole(of: Sum) -> Compute:
         matrix = found.dense() if isinstance(found, LowRank) else found
         store(matrix.reshape(outputs[0].shape), outputs[0])
         lost = frobenius([matrix], outputs[0])
-        return [Found(frobenius([matrix]), 1.0, lost, min(matrix.shape), "whole")]
+        return [Found(frobenius([matrix]), 1.0, lost, "whole")]
 
     return compute
 
@@ -197,7 +198,7 @@ def as_peer(of: Sum, *, concat: bool) -> Compute:
         assert isinstance(meant, LowRank)
         size, lost = norm(meant), norm(add(meant, _as_written(*outputs).scale(-alpha / len(down))))
         kept = max(0.0, 1 - (lost / size) ** 2) if size else 1.0
-        return [Found(size, kept, lost, len(down), "sd-scripts")]
+        return [Found(size, kept, lost, "sd-scripts")]
 
     return compute
 
@@ -223,7 +224,7 @@ def as_it_is(of: Sum, *, scale: float) -> Compute:
         lost = 0.0
         if any(given.dtype != out.dtype for given, out in zip(inputs, outputs, strict=True)):
             lost = distance(found, factors(term, outputs, of.out))
-        return [Found(abs(scale) * norm(found), 1.0, abs(scale) * lost, found.rank, "kept")]
+        return [Found(abs(scale) * norm(found), 1.0, abs(scale) * lost, "kept")]
 
     return compute
 

@@ -251,3 +251,25 @@ def test_what_is_dropped_is_warned_of_and_strict_minds_what_is_kept() -> None:
     done = weightops_here("resize", "style.safetensors", "--rank", "4")
     assert done.code == 0
     assert "1 tensor kept as stored: 'lora_unet_conv_in.oft_blocks'" in done.err
+
+
+def test_a_single_file_goes_into_a_folder_too() -> None:
+    weightops_here("resize", "style.safetensors", "--rank", "2", "-o", "small/")
+    assert [path.name for path in Path("small").iterdir()] == ["style-2.safetensors"]
+
+
+def test_two_files_of_one_name_do_not_become_one() -> None:
+    Path("other").mkdir()
+    Path("other/style.safetensors").write_bytes(Path("style.safetensors").read_bytes())
+    done = weightops_here("resize", "style.safetensors", "other/style.safetensors", "--rank", "2", "-o", "small")
+    assert (done.code, done.err) == (2, (
+        "error: resize: found two files called 'style', whose results would have one name\nhint: one by one\n"
+    ))  # fmt: skip
+    assert not Path("small").exists()
+
+
+@pytest.mark.parametrize("words", [["--rank", "2"], ["--max-rank", "2"], ["-o", "out.safetensors"], ["--verify"]])
+def test_a_plan_takes_no_words_that_would_say_nothing(words: list[str]) -> None:
+    done = weightops_here("resize", "style.safetensors", "--plan", *words)
+    assert done.code == 2
+    assert "says nothing with --plan" in done.err

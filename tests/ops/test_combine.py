@@ -1034,3 +1034,23 @@ def test_the_report_says_what_was_done() -> None:
     assert report.bytes_written == OUT.stat().st_size
     assert {"modules", "energy", "error", "interference"} <= report.to_dict().keys()
     assert {"name", "rank_before", "rank", "energy", "error"} <= report.details["modules"][0].keys()
+
+
+def test_a_folder_of_an_unknown_model_stays_a_folder_with_settings() -> None:
+    t = Maker(5)
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    given = []
+    for folder in "uv":
+        Path(folder).mkdir()
+        factors = t(4, 16), t(24, 4)
+        given.append(2.0 * factors[1].double() @ factors[0].double())
+        tensors = dict(zip((f"{name}.lora_A.weight", f"{name}.lora_B.weight"), factors, strict=True))
+        save(Path(folder) / "adapter_model.safetensors", tensors)
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+        Path(folder, "adapter_config.json").write_text(json.dumps(config))
+    combine(("u", 0.7), ("v", -0.3), exact=True, output="out")
+    config = json.loads(Path("out/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (8, 8, "CAUSAL_LM")
+    found = tensors_of(Path("out/adapter_model.safetensors"))
+    product = found[f"{name}.lora_B.weight"].double() @ found[f"{name}.lora_A.weight"].double()
+    torch.testing.assert_close(product, 0.7 * given[0] - 0.3 * given[1], rtol=0, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from locon import (
     product,
     values_of,
 )
-from loras import Maker, named, raw, save, tensors_of
+from loras import Maker, metadata_of, named, raw, save, tensors_of
 from test_fuse import FLUX, flux_lora, tiny, weights
 from test_fuse import MODULES as PACKED
 from torch import Tensor
@@ -919,3 +920,44 @@ def test_modules_that_are_done_together_are_each_its_own(rule: str, monkeypatch:
     assert raw(Path("out.safetensors")) == alone
     assert together.details["modules"] == report.details["modules"]
     assert groups[-1] > 1 or rule != "5"
+
+
+@pytest.mark.parametrize("rule", ["energy:1", 32])
+def test_a_bias_beside_a_magnitude_can_be_read_back(rule: int | str) -> None:
+    """At all ranks it stays a LoRA: a whole difference would have no place beside the bias."""
+    name, parts = dependent("dora")
+    given = {**parts, ".lora_up.bias": torch.ones(len(parts[".lora_up.weight"]))}
+    report, _ = based(named({name: given}), rank=rule, verify=True)
+    assert report.verified["modules"] == 1
+    kept = {key.removeprefix(name) for key in tensors_of(Path("out.safetensors"))}
+    assert kept - {".alpha"} == {".lora_down.weight", ".lora_up.bias", ".lora_up.weight"}
+
+
+def test_what_changes_an_empty_weight_is_not_dropped() -> None:
+    """It weighs as if its weight were the smallest of the others."""
+    tensors = locon({m: MODULES[m] for m in WEIGHTS})
+    save(Path("lora.safetensors"), tensors)
+    name, weight = next(iter(WEIGHTS.items()))
+    empty = model()
+    empty[f"{weight}.weight"] = torch.zeros_like(empty[f"{weight}.weight"])
+    save(Path("base.safetensors"), empty)
+    report = resize("lora.safetensors", rank="error:0.1", base="base.safetensors", output="out.safetensors")
+    assert rows(report)[name]["error"] < 0.2
+    assert 0.05 < report.details["weighted_error"] <= 0.1
+    assert sum(1 for row in rows(report).values() if row["rank"]) > 1
+
+
+def test_nothing_is_lost_of_nothing() -> None:
+    """An alpha of 0 is a strength of 0: the file is right, whatever its factors would be."""
+    tensors = locon({QUERY: MODULES[QUERY], KEY: MODULES[KEY]}, rank=6, alpha=3.0)
+    tensors[f"{KEY}.alpha"] = torch.tensor(0.0)
+    report = resize(save(Path("lora.safetensors"), tensors), rank=2, output="out.safetensors", verify=True)
+    assert (rows(report)[KEY]["delta_norm"], rows(report)[KEY]["energy"], rows(report)[KEY]["error"]) == (0, 1, 0)
+
+
+def test_the_seed_is_told_where_it_decides() -> None:
+    resize(save(Path("lora.safetensors"), locon(rank=4)), rank=2, seed=7, output="out.safetensors")
+    assert "seed" not in json.loads(metadata_of(Path("out.safetensors"))["weightops"])
+    tensors = {f"{QUERY}.diff": Maker(1)(*MODULES[QUERY])}
+    resize(save(Path("whole.safetensors"), tensors), rank=2, seed=7, output="other.safetensors")
+    assert json.loads(metadata_of(Path("other.safetensors"))["weightops"])["seed"] == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import click
 from weightops.cli import options, render
 from weightops.cli.main import print_error
 from weightops.errors import OutputError, UsageError, WeightopsError
-from weightops.lora.settings import plain
+from weightops.lora.settings import FILE, plain
 from weightops.ops.resize import resize, rules_of
 
 # sd-scripts' names of what `--rank` says.
@@ -55,7 +56,7 @@ def command(
 
     Any family goes in: LoHa and LoKr become LoRA from their exact products. size: and error: are of the whole file,
     and give each module the ranks that tell most; the other rules are of each module. What has fewer ranks keeps its
-    own. With several files, -o is a folder.
+    own. With several files, -o is a folder, and so is a name that ends in a slash.
     """
     _translate(rest, new_rank, new_conv_rank, dynamic_method, dynamic_param)
     if plot is not None and not rest["plan"]:
@@ -74,7 +75,11 @@ def command(
         check_plot(Path(plot), force=rest["force"])
     # Once, and not for each file.
     rules_of(rest["rank"], rest["conv_rank"], rest["max_rank"], rest["max_conv_rank"], plan=rest["plan"])
-    folder = _folder(output) if output is not None and len(files) > 1 else None
+    stems = [Path(file).stem for file in files]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice is not None:
+        raise UsageError("resize", f"found two files called {twice!r}, whose results would have one name", "one by one")
+    folder = _folder(output) if output is not None and (len(files) > 1 or _names_a_folder(output)) else None
     documents: list[Any] = []
     code = 0
     for file in files:
@@ -132,6 +137,11 @@ def _translate(
         rest |= {"rank": new_rank, "conv_rank": new_conv_rank}
     if new_conv_rank is not None:
         rest["all_kernels"] = True
+
+
+def _names_a_folder(output: str) -> bool:
+    """Does -o of a single file name the folder for it? One with settings in it is a LoRA itself."""
+    return output.endswith(("/", os.sep)) or (Path(output).is_dir() and not (Path(output) / FILE).exists())
 
 
 def _folder(output: str) -> Path:

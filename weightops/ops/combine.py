@@ -18,7 +18,7 @@ from weightops.lora.rank import RankRule, rules_for
 from weightops.lora.units import Unit
 from weightops.merging.deltas import DELTA_METHODS
 from weightops.naming.keymap import ARCHITECTURES
-from weightops.ops.adapter_modules import Base
+from weightops.ops.adapter_modules import Base, settings_of
 from weightops.ops.combine_plan import line_up
 from weightops.ops.cutting import Cutting
 from weightops.ops.dialect_settings import folder_of, metadata_of, told_of_base
@@ -127,7 +127,10 @@ def combine(
             "combine", file, lined.modules, sources, _target(lined, weights, output), rule, conv_rule, dtype, seed,
             memory, {"device": device, "threads": threads}, Bar(on_progress), force,
         )  # fmt: skip
-        if not dry_run and not interference_only:
+        work.ahead = _meetings(work, weights)
+        if interference_only:
+            work.refuse_memory()
+        elif not dry_run:
             work.write(dry_run=True, verify=False)  # refuses what headers tell, before anything is read
         if not dry_run:
             file.interference = _interference(work, lined, weights)
@@ -195,16 +198,22 @@ def _target(lined: LinedUp, weights: Sequence[float], output: str | os.PathLike[
     stems = [stem(f)[:60] + ("" if w == 1 else f"-{w:.4g}") for f, w in zip(lined.files, weights, strict=True)]
     more = [] if len(stems) <= 4 else [f"{len(stems) - 4} more"]
     target = named(output, "+".join([*stems[:4], *more]))
-    return target.with_suffix("") if output is None and lined.is_folder else target
+    is_folder = lined.is_folder or (lined.own is not None and lined.own.is_folder)
+    return target.with_suffix("") if output is None and is_folder else target
 
 
 def _interference(work: Cutting, lined: LinedUp, weights: Sequence[float]) -> dict[str, Any]:
     """The scan that comes first."""
-    sums = [replace(m.of, blend=None, terms=tuple(replace(t, strength=1.0) for t in m.of.terms)) for m in work.modules]
     names = _names([stem(file) for file in lined.files])
     work.bar.total = max(2 * sum(file.nbytes for file in lined.files), 1)
-    found = work.scan_values(meetings(sums, work.sources, weights), work.bar.part(0.0, 0.3))
-    return interference({of.name: values[0] for of, values in zip(sums, found, strict=True)}, weights, names)
+    found = work.scan_values(work.ahead, work.bar.part(0.0, 0.3))
+    met = {module.of.name: values[0] for module, values in zip(work.modules, found, strict=True)}
+    return interference(met, weights, names)
+
+
+def _meetings(work: Cutting, weights: Sequence[float]) -> list[Task]:
+    sums = [replace(m.of, blend=None, terms=tuple(replace(t, strength=1.0) for t in m.of.terms)) for m in work.modules]
+    return meetings(sums, work.sources, weights)
 
 
 def _names(stems: Sequence[str]) -> list[str]:
@@ -249,6 +258,9 @@ class _Combined:
         files: tuple[Any, ...] = ()
         extras: dict[str, bytes] = {}
         spelled = lined.spelled(outputs)
+        if lined.own is not None:  # names of no known model, and what the first file says beside its tensors
+            metadata, files, extras = settings_of(lined.own, built.settings, outputs)
+            metadata = {"format": "pt", **metadata}
         if spelled is not None:
             files, extras = folder_of(spelled, units)
             found, headers = metadata_of(spelled, units)

@@ -120,9 +120,10 @@ def _by_own_names(lined: LinedUp, base: Base | None) -> None:
             before = f"{lined.opened.label} has" if number == 1 else "those before it have"
             raise MismatchError(one.label, f"has no module of a name that {before}, and no known model has them")
         named |= names
-    for name, shares in groups.items():
-        component = shares[0].adapter.beginning.text.partition(".")[0]
-        combine_module(lined, component, "", name, [shares], None, base)
+    for shares in groups.values():
+        first = shares[0].adapter
+        component = first.beginning.text.partition(".")[0]
+        combine_module(lined, component, first.beginning.text, first.body, [shares], None, base)
 
 
 def _by_canonical_names(lined: LinedUp, base: Base | None) -> None:

@@ -5,11 +5,12 @@ Where the data decide the ranks, a pass over the factors comes first; then one t
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from weightops.engine.chunks import check_memory, memory_for
+from weightops.engine.chunks import check_memory, memory_for, smallest_memory
 from weightops.engine.run import Outcome, Progress, ignore, run
 from weightops.errors import Interrupted, UsageError
 from weightops.lora.rank import RankRule, ranks_for, weighted
@@ -46,7 +47,8 @@ class Cutting:
 
     rule, conv_rule: None: each module keeps the largest rank that comes in. spares: those that are LoRAs already keep
     their ranks, whatever the rule. all_kernels: conv_rule is for 1×1 convolutions, too. frames: where each module's
-    weight is in a base, by which `size:` and `error:` weigh; empty: they do not.
+    weight is in a base, by which `size:` and `error:` weigh; empty: they do not. ahead: tasks of a pass that is made
+    before all others.
     """
 
     command: str
@@ -65,6 +67,7 @@ class Cutting:
     spares: bool = False
     all_kernels: bool = False
     frames: Mapping[str, Sequence[Slot]] = field(default_factory=dict)
+    ahead: Sequence[Task] = ()
     bytes_read: int = 0
     given: list[Spectrum] = field(default_factory=list)
 
@@ -95,8 +98,8 @@ class Cutting:
             norms = [0.0] * count
             for task, (n, _) in enumerate(weights, count):
                 norms[n] += math.fsum(values[task])
-            # A change of what is nothing weighs more than any other.
-            least = 1e-12 * (max(norms) or 1.0)
+            # A change of what is nothing weighs as one of the smallest weight does.
+            least = min((w for w in norms if w > 0), default=1.0)
             self.given = [weighted(s, 1 / max(w, least)) for s, w in zip(self.given, norms, strict=True)]
         return self.given
 
@@ -160,14 +163,11 @@ class Cutting:
         """The whole work, or with `dry_run` what it would be."""
         least = self.ranks([]) if not self.scanned else [m.settled(1) for m in self.modules]
         planned, _ = self.planned(least)
-        memory = memory_for(planned.plan, self.memory)
-        told = self.produce(planned, dry_run=True, memory=memory, force=self.force)  # refuses what headers tell
-        if self.scanned:
-            scan = Plan(self.sources, {}, tuple(scans(self.modules, self.sources, self.dtype)))
-            check_memory(scan, memory_for(scan, self.memory))
+        told = self.produce(planned, dry_run=True, memory=1 << 62, force=self.force)  # refuses what headers tell
+        scanned = self.scanned or not all(least)  # of what is dropped, too, the norm is told
+        self.refuse_memory(planned.plan, *self._passes(scanned=scanned))
         if dry_run:
             return self._foretold() if self.scanned else told
-        scanned = self.scanned or not all(least)  # of what is dropped, too, the norm is told
         middle = 0.5 if scanned else 0.0
         self.bar.total = max(sum(source.nbytes for source in self.sources), 1)
         given = self.scan(0.0, middle) if scanned else []
@@ -198,6 +198,26 @@ class Cutting:
                 raise Interrupted(str(self.target), what) from None
         return report
 
+    def refuse_memory(self, *plans: Plan) -> None:
+        """Refuse too little memory for these and for what is done ahead: what is told suffices for all."""
+        largest = max((Plan(self.sources, {}, tuple(self.ahead)), *plans), key=lambda plan: smallest_memory(plan)[0])
+        check_memory(largest, memory_for(largest, self.memory))
+
+    def _passes(self, *, scanned: bool) -> list[Plan]:
+        """The plans of a scan, and of the largest ranks that the data may ask for then."""
+        if not scanned:
+            return []
+        plans = [Plan(self.sources, {}, tuple(scans(self.modules, self.sources, self.dtype)))]
+        if not self.scanned:
+            return plans
+        most = self.ranks([])
+        if self._limit is not None:
+            most = [min(r, self._limit // m.rank_nbytes(self.dtype)) for r, m in zip(most, self.modules, strict=True)]
+        most = [m.settled(r) for r, m in zip(most, self.modules, strict=True)]
+        # What is copied, joined or written whole may take less than what is cut to nearly as many ranks.
+        cut = [_most_cut(m, r) for r, m in zip(most, self.modules, strict=True)]
+        return plans + [self.planned(ranks)[0].plan for ranks in (most, cut)]
+
     def _foretold(self) -> Report:
         """The report of a dry run, with the largest ranks that there can be."""
         planned, _ = self.planned(self.ranks([]))
@@ -219,6 +239,15 @@ class Cutting:
     def _limit(self) -> int | None:
         """The bytes that the file may have, where the rule says them."""
         return int(self.rule.value) if self.rule is not None and self.rule.kind == "size" else None
+
+
+def _most_cut(module: Module, rank: int) -> int:
+    """The largest rank up to this one to which it is cut; none, where it never is."""
+
+    def is_other(rank: int) -> bool:
+        return module.is_stored(rank) or module.is_whole(rank) or module.joins(rank)
+
+    return module.settled(bisect.bisect_left(range(1, rank + 1), True, key=is_other))
 
 
 def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightops.errors import MismatchError, quote
+from weightops.ops.adapter_modules import OwnModules
 from weightops.ops.dialect_settings import APART
 from weightops.ops.report import Account
 
@@ -77,7 +79,7 @@ class Wish:
     compat: str | None = None
 
 
-@dataclass(slots=True)
+@dataclass
 class LinedUp:
     """The modules that are written, and what becomes of every key. known: the architecture, where it is known.
 
@@ -103,6 +105,11 @@ class LinedUp:
     used: set[FileKey] = field(default_factory=set)
     lost: dict[FileKey, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+    @functools.cached_property
+    def own(self) -> OwnModules | None:
+        """The first file, where its own names are kept; None where those of a dialect are written."""
+        return OwnModules(self.files[0], self.found[0]) if self.dialect is None else None
 
     @property
     def opened(self) -> Checkpoint:

@@ -246,7 +246,7 @@ class Sum:
         """The most that `total` takes beside the inputs, its result among it."""
         if self.is_product:
             return _products_nbytes(self.terms, self.out, self.n)
-        result = (8 if any(term.is_double for term in self.terms) else 4) * self.out * self.n
+        result = self.matrix_nbytes()
         if self.blend is None:
             return self._rows_nbytes([self.terms]) + result
         own = [tuple(term for term in self.terms if term.source == file) for file in self.files]
@@ -254,6 +254,10 @@ class Sum:
         found = self._rows_nbytes([terms for terms in own if terms not in products]) + result
         found += sum(_products_nbytes(terms, self.out, self.n) for terms in products)
         return found + self.blend.method.nbytes(self.out, self.n, len(own)) + self.bands_nbytes(len(own))
+
+    def matrix_nbytes(self) -> int:
+        """What `total` leaves where it is a matrix."""
+        return (8 if any(term.is_double for term in self.terms) else 4) * self.out * self.n
 
     def by_rows_nbytes(self) -> int:
         """What the changes of `by_rows` hold, and take while they are asked for some."""

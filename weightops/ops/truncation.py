@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 class Found(NamedTuple):
     """Of one sum: its Frobenius norm, the share of its square that the best factors keep, and what those that were
-    written lack of it, their rounding included; the ranks that hold something."""
+    written lack of it, their rounding included."""
 
     norm: float
     kept: float
@@ -69,7 +69,12 @@ def cut_nbytes(of: Sum, rank: int) -> int:
         return max(work, distance_nbytes(of.out, of.n, rank) + 8 * rank * (of.out + of.n))
     stored = sum(term.product_rank for term in of.terms) if of.is_product else 0
     work = truncate_nbytes(of.out, of.n, stored, rank) if of.is_product else factorise_nbytes(of.out, of.n, rank)
-    return of.nbytes() + max(work, distance_nbytes(of.out, of.n, rank) + 4 * rank * (of.out + of.n))
+    return _then(of, max(work, distance_nbytes(of.out, of.n, rank) + 4 * rank * (of.out + of.n)))
+
+
+def _then(of: Sum, nbytes: int) -> int:
+    """What a sum takes, and `nbytes` beside it: of a matrix all that made it is gone by then."""
+    return of.nbytes() + nbytes if of.is_product else max(of.nbytes(), of.matrix_nbytes() + nbytes)
 
 
 def _best(sums: Sequence[Sum], shares: Sequence[Sequence[Tensor]], rank: int, seed: int) -> list[Factorised]:
@@ -142,7 +147,7 @@ def joined_nbytes(of: Sum) -> int:
     rank = of.most
     size = 8 if any(term.is_double for term in of.terms) else 4
     if not of.is_product or sum(term.product_rank for term in of.terms) > rank:
-        return of.nbytes() + 3 * size * of.out * of.n + distance_nbytes(of.out, of.n, rank)
+        return _then(of, 3 * size * of.out * of.n + distance_nbytes(of.out, of.n, rank))
     return of.nbytes() + 3 * size * rank * (of.out + of.n) + distance_nbytes(of.out, of.n, rank)
 
 
@@ -181,7 +186,7 @@ def whole(of: Sum) -> Compute:
 
 def whole_nbytes(of: Sum) -> int:
     """The most that `whole` takes beside its inputs and outputs."""
-    return of.nbytes() + 8 * of.out * of.n
+    return _then(of, 8 * of.out * of.n)
 
 
 def as_peer(of: Sum, *, concat: bool) -> Compute:
@@ -264,7 +269,7 @@ def spectra_nbytes(of: Sum) -> int:
     if not of.is_product:
         # A float64 matrix takes the decomposition itself, others their Gram matrix, a band at a time.
         doubles = 24 * of.out * of.n if any(term.is_double for term in of.terms) else 0
-        return of.nbytes() + 24 * side * side + doubles + (16 << 20)
+        return _then(of, 24 * side * side + doubles + (16 << 20))
     stored = sum(term.product_rank for term in of.terms)
     return of.nbytes() + truncate_nbytes(of.out, of.n, stored, min(stored, side))
 

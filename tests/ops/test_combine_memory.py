@@ -11,11 +11,14 @@ import pytest
 import torch
 from conftest import save
 from test_fuse_memory import taken
-from test_resize_memory import KERNEL, KERNELS, MODULE, WEIGHTS, WIDE, adapter
+from test_resize_memory import KERNEL, KERNELS, MODULE, WEIGHTS, WIDE, adapter, others, told
 
+from weightops.engine.chunks import LARGEST_DEFAULT, smallest_memory
+from weightops.errors import MemoryRefused
 from weightops.files.checkpoint import open_checkpoint
 from weightops.merging.deltas import DELTA_METHODS
 from weightops.ops.adapter_modules import Base
+from weightops.ops.combine import combine
 from weightops.ops.combine_plan import line_up
 from weightops.ops.factor_plan import build, scans
 from weightops.ops.interference import meetings
@@ -42,7 +45,10 @@ CASES: list[tuple[tuple[str, ...], tuple[int, ...], torch.dtype]] = [
     (("full", "lora", "lora", "lora", "loha"), NARROW, F16),
     (("full", "full", "full"), NARROW, F32),
     (("dora", "lora", "lora"), NARROW, F16),
+    (("dora", "dora"), WIDE, F16),
+    (("dora", "dora of loha", "glora", "ia3"), WIDE, F32),
     (("lora", "dora of inputs", "oft"), NARROW, F32),
+    (("dora of inputs", "oft", "dora"), WIDE, F16),
     (("lora", "tucker"), KERNELS, F16),
     (("tucker loha", "full"), KERNELS, F16),
 ]
@@ -68,9 +74,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def based(shape: tuple[int, ...]) -> None:
     weight = WEIGHTS[KERNEL if len(shape) > 2 else MODULE]
-    others = {"model.diffusion_model.input_blocks.1.1.proj_in.weight": torch.ones(64, 64, 1, 1),
-              "model.diffusion_model.input_blocks.0.0.weight": torch.ones(64, 4, 3, 3)}  # fmt: skip
-    save(Path("base.safetensors"), {weight: torch.randn(shape).to(torch.float16), **others})
+    save(Path("base.safetensors"), {weight: torch.randn(shape).to(torch.float16)} | others())
 
 
 def assert_kept(tasks: Any, sources: Any, outputs: Any, *said: Any) -> None:
@@ -102,6 +106,7 @@ def test_sums_and_how_they_meet_take_no_more_than_the_plan_says(
         (("lora", "lora of many ranks"), NARROW, F16),
         (("lora", "lora"), WIDE, F32),
         (("full", "lora"), NARROW, F32),
+        (("dora", "oft"), WIDE, F16),
         (("lora", "tucker"), KERNELS, F16),
     ],
     ids=lambda value: str(value)[:60],
@@ -133,3 +138,38 @@ def test_a_peers_numbers_take_no_more_than_the_plan_says(kind: str, count: int, 
     with stack:
         built = build([module], [module.rank_before], sources, dtype="keep", seed=0, together=False)
         assert_kept(built.tasks[:1], sources, built.outputs)
+
+
+def test_two_of_the_largest_doras_of_sdxl_are_combined_in_the_memory_that_is_taken_by_default() -> None:
+    shape = (10240, 1280)
+    based(shape)
+    stack, (module,), sources = modules(("dora", "dora"), shape, F16, Wish([1.0, 1.0], architecture="sd15"))
+    with stack:
+        built = build([module], [64], sources, dtype="keep", seed=0, together=False)
+        assert smallest_memory(Plan(sources, built.outputs, tuple(built.tasks)))[0] <= LARGEST_DEFAULT // 2
+        for tasks in (scans([module], sources, "keep"), meetings([module.of], sources, [1.0, 1.0])):
+            assert smallest_memory(Plan(sources, {}, tuple(tasks)))[0] <= LARGEST_DEFAULT // 2
+
+
+@pytest.mark.parametrize("words", [{"rank": 4}, {"rank": "energy:1"}, {"interference_only": True}], ids=str)
+@pytest.mark.parametrize("kinds", [("lora of many ranks", "lora"), ("dora", "lora")], ids=" + ".join)
+def test_the_memory_that_is_told_first_suffices(kinds: tuple[str, ...], words: dict[str, Any]) -> None:
+    """For what is looked at first, too; and a dry run tells the same."""
+    shape = (40, 2000)
+    based(shape)
+    files = [save(Path(f"{n}.safetensors"), adapter(kind, shape, F16)) for n, kind in enumerate(kinds)]
+
+    def combined(memory: int, *, dry_run: bool) -> None:
+        combine(
+            *files, base="base.safetensors", output="out.safetensors", memory=memory, dry_run=dry_run, **words,
+            architecture="sd15", force=True,
+        )  # fmt: skip
+
+    with pytest.raises(MemoryRefused) as refused:
+        combined(1, dry_run=True)
+    enough = told(refused.value)
+    for dry_run in (True, False):
+        with pytest.raises(MemoryRefused) as refused:
+            combined(enough - 1, dry_run=dry_run)
+        assert told(refused.value) == enough
+        combined(enough, dry_run=dry_run)

@@ -14,7 +14,7 @@ from combining import OUT, accounted, combined
 from locon import KERNEL, KEY, MODULES, POINT, QUERY, locon
 from loras import Maker, deltas, named, save
 
-from weightops.errors import OutputError
+from weightops.errors import OutputError, ValueRefused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -199,6 +199,30 @@ def test_changes_of_many_ranks_are_compared_without_their_factors() -> None:
     (pair,) = found["modules"][0]["pairs"]
     assert pair["cosine"] == pytest.approx(cosine(a, b), abs=1e-6)
     assert found["strengths"]["a"] == pytest.approx(float(((a + b) * a).sum() / (a * a).sum()), abs=1e-6)
+
+
+def test_dense_changes_are_the_same_band_by_band(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = files(odd=True)
+    whole = told(paths, WEIGHTS[1])
+    for values in (1, 100, 500):
+        monkeypatch.setattr("weightops.ops.sums._BAND", values)
+        found = told(paths, WEIGHTS[1])
+        for before, after in zip(whole["modules"], found["modules"], strict=True):
+            assert after["strengths"] == pytest.approx(before["strengths"], rel=1e-12)
+            for a, b in zip(before["pairs"], after["pairs"], strict=True):
+                for number in ("cosine", "sign_conflicts", "cancelled"):
+                    assert b[number] == pytest.approx(a[number], rel=1e-12)
+        assert found["norms"] == pytest.approx(whole["norms"], rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_dense_changes_that_are_not_finite_are_refused(value: float) -> None:
+    paths = files()
+    diff = torch.zeros(*SHAPES[QUERY])
+    diff[31, 31] = value
+    other = save(Path("d.safetensors"), {f"{QUERY}.diff": diff})
+    with pytest.raises(ValueRefused, match="holds NaN or Inf"):
+        told([paths[0], other], (1.0, 1.0))
 
 
 # ------------------------------------------------------------------------------------------------ the report

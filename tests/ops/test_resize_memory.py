@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,12 @@ from conftest import save
 from test_fuse_memory import taken
 from torch import Tensor
 
+from weightops.engine.chunks import LARGEST_DEFAULT, smallest_memory
+from weightops.errors import MemoryRefused
 from weightops.files.checkpoint import open_checkpoint
 from weightops.ops.adapter_modules import Base, modules_of, read_own
 from weightops.ops.factor_plan import build, scans
+from weightops.ops.resize import resize
 from weightops.plan import Plan
 
 torch.set_num_threads(1)
@@ -30,7 +34,8 @@ TALL, WIDE, KERNELS = (8192, 1536), (640, 2560), (640, 160, 3, 3)
 CASES = (
     ("lora", TALL), ("lora of many ranks", TALL), ("lora of more ranks than sides", (512, 1280)), ("loha", TALL),
     ("loha of many ranks", (1280, 512)), ("lokr", (512, 1280)), ("factors of lokr", TALL), ("full", WIDE),
-    ("dora", WIDE), ("dora of inputs", WIDE), ("dora of loha", WIDE), ("glora", WIDE), ("oft", WIDE), ("ia3", WIDE),
+    ("dora", TALL), ("dora", WIDE), ("dora of inputs", WIDE), ("dora of loha", WIDE), ("dora of lokr", WIDE),
+    ("dora of full", WIDE), ("dora of tucker", KERNELS), ("glora", WIDE), ("oft", WIDE), ("ia3", WIDE),
     ("lora", KERNELS), ("lora of many ranks", KERNELS), ("tucker", KERNELS), ("tucker loha", KERNELS),
     ("tucker lokr", KERNELS), ("full", KERNELS), ("dora", KERNELS), ("dora of inputs", KERNELS),
 )  # fmt: skip
@@ -66,6 +71,9 @@ def adapter(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, 
         "full": lambda: {"diff": made(*shape)},
         "dora": lambda: {**lora(16), "dora_scale": 1 + made(out, 1, *ones)},
         "dora of inputs": lambda: {**lora(16), "dora_scale": 1 + made(1, features, *ones)},
+        "dora of lokr": lambda: {**first, "lokr_w2": made(*second), "dora_scale": 1 + made(out, 1)},
+        "dora of full": lambda: {"diff": made(*shape), "dora_scale": 1 + made(out, 1)},
+        "dora of tucker": lambda: {**kinds["tucker"](), "dora_scale": 1 + made(out, 1, *ones)},
         "dora of loha": lambda: {**loha(6), "dora_scale": 1 + made(out, 1)},
         "glora": lambda: {"a1.weight": made(features, 16), "a2.weight": made(16, features), "b1.weight": made(out, 16),
                           "b2.weight": made(16, features)},
@@ -81,11 +89,24 @@ def adapter(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, 
     return {f"{name}.{part}": tensor for part, tensor in kinds[kind]().items()}
 
 
+def others() -> dict[str, Tensor]:
+    """What tells the architecture."""
+    return {"model.diffusion_model.input_blocks.1.1.proj_in.weight": torch.ones(64, 64, 1, 1),
+            "model.diffusion_model.input_blocks.0.0.weight": torch.ones(64, 4, 3, 3)}  # fmt: skip
+
+
+def told(refused: MemoryRefused) -> int:
+    """The bytes that would do."""
+    found = re.search(r"alone takes ([\d,]+)", str(refused))
+    assert found is not None
+    return int(found[1].replace(",", ""))
+
+
 @pytest.mark.parametrize(
     ("kind", "shape", "dtype"),
     [(*case, torch.float16) for case in CASES]
     + [(*case, torch.float32) for case in CASES if case[0] in ("lora of many ranks", "lokr", "full", "dora", "tucker")]
-    + [("lora", TALL, torch.float8_e4m3fn), ("tucker", KERNELS, torch.float8_e4m3fn)],
+    + [(kind, shape, torch.float8_e4m3fn) for kind, shape in (("lora", TALL), ("tucker", KERNELS), ("full", WIDE))],
     ids=str,
 )
 def test_working_copies_are_no_more_than_the_plan_says(
@@ -95,9 +116,7 @@ def test_working_copies_are_no_more_than_the_plan_says(
     monkeypatch.chdir(tmp_path)
     save(Path("lora.safetensors"), adapter(kind, shape, dtype))
     weight = WEIGHTS[KERNEL if len(shape) > 2 else MODULE]
-    others = {"model.diffusion_model.input_blocks.1.1.proj_in.weight": torch.ones(64, 64, 1, 1),
-              "model.diffusion_model.input_blocks.0.0.weight": torch.ones(64, 4, 3, 3)}  # fmt: skip
-    save(Path("base.safetensors"), {weight: torch.randn(shape).to(torch.float16), **others})
+    save(Path("base.safetensors"), {weight: torch.randn(shape).to(torch.float16)} | others())
     with open_checkpoint("lora.safetensors") as opened, open_checkpoint("base.safetensors") as base:
         model = Base.of(base, 1) if kind.startswith(NEEDS_BASE) else None
         own = modules_of(opened, read_own(opened, architecture="sd15"), base=model)
@@ -114,3 +133,45 @@ def test_working_copies_are_no_more_than_the_plan_says(
                 assert 0 < most <= task.work_nbytes, (rank, variant.exact, out)
         (scan,) = scans([module], sources, "keep")
         assert 0 < taken(Plan(sources, {}, (scan,)), scan) <= scan.work_nbytes
+
+
+@pytest.mark.parametrize("kind", ["dora", "dora of inputs", "oft"])
+def test_the_largest_matrices_of_sdxl_are_cut_in_the_memory_that_is_taken_by_default(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shape = (10240, 1280)
+    save(Path("lora.safetensors"), adapter(kind, shape, torch.float16))
+    save(Path("base.safetensors"), {WEIGHTS[MODULE]: torch.zeros(shape, dtype=torch.float16)} | others())
+    with open_checkpoint("lora.safetensors") as opened, open_checkpoint("base.safetensors") as base:
+        own = modules_of(opened, read_own(opened, architecture="sd15"), base=Base.of(base, 1))
+        (module,), sources = own.modules, (opened, base)
+        for rank in (8, 64, module.of.most - 1):
+            built = build([module], [rank], sources, dtype="keep", seed=0, together=False)
+            assert smallest_memory(Plan(sources, built.outputs, tuple(built.tasks)))[0] <= LARGEST_DEFAULT
+        assert smallest_memory(Plan(sources, {}, tuple(scans([module], sources, "keep"))))[0] <= LARGEST_DEFAULT
+
+
+@pytest.mark.parametrize("rule", ["energy:1", "energy:0.999999", "8", "size:100KiB"])
+@pytest.mark.parametrize("kind", ["lora of many ranks", "dora"])
+def test_the_memory_that_is_told_first_suffices(
+    kind: str, rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all passes, whatever ranks the data ask for; and a dry run tells the same."""
+    monkeypatch.chdir(tmp_path)
+    shape = (40, 2000)
+    save(Path("lora.safetensors"), adapter(kind, shape, torch.float16))
+    save(Path("base.safetensors"), {WEIGHTS[MODULE]: torch.randn(shape).half()} | others())
+    base = "base.safetensors" if kind == "dora" else None
+
+    def resized(memory: int, *, dry_run: bool) -> None:
+        resize("lora.safetensors", rank=rule, base=base, output="out.safetensors", memory=memory, dry_run=dry_run)
+
+    with pytest.raises(MemoryRefused) as refused:
+        resized(1, dry_run=True)
+    enough = told(refused.value)
+    for dry_run in (True, False):
+        with pytest.raises(MemoryRefused) as refused:
+            resized(enough - 1, dry_run=dry_run)
+        assert told(refused.value) == enough
+        resized(enough, dry_run=dry_run)

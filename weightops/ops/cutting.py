@@ -204,11 +204,12 @@ class Cutting:
         check_memory(largest, memory_for(largest, self.memory))
 
     def _passes(self, *, scanned: bool) -> list[Plan]:
-        """The plans of a scan, and of the largest ranks that the data may ask for then."""
+        """The plans of a scan and, where memory is said, of the largest ranks that the data may ask for then."""
         if not scanned:
             return []
         plans = [Plan(self.sources, {}, tuple(scans(self.modules, self.sources, self.dtype)))]
-        if not self.scanned:
+        # By default, ranks that are hardly ever asked for are no reason to refuse.
+        if not self.scanned or self.memory is None:
             return plans
         most = self.ranks([])
         if self._limit is not None:

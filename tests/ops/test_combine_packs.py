@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from combining import OUT, ROUNDING, accounted, combined, matrices, rows
 from conftest import save as save_plain
 from locon import off
 from loras import Maker, delta, deltas, modules_of, named, save, tensors_of
+from test_dialect_packs import Pack as Packed
 
 from weightops.errors import MismatchError
 
@@ -30,20 +31,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-class Pack(NamedTuple):
-    """A packed module as a dialect calls it, and the modules that it packs: diffusers' names and heights."""
-
-    architecture: str
-    dialect: str
-    module: str
-    parts: dict[str, int]
-    features: int = H
-
-    def rows(self) -> int:
-        return sum(self.parts.values())
-
-    def cut(self, tensor: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.parts, tensor.split(list(self.parts.values())), strict=True))
+class Pack(Packed):
+    """And what its parts are together; rows that no part has are zeros."""
 
     def joined(self, parts: dict[str, Tensor]) -> Tensor:
         zero = torch.zeros(1, self.features, dtype=torch.float64)

@@ -30,14 +30,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
-    "files": {"errors", "registry", "version"},
+    "lineage": {"errors"},
+    "files": {"errors", "registry", "lineage", "version"},
     "naming": {"errors", "registry", "files"},
-    "plan": {"errors", "registry", "files", "naming"},
+    "plan": {"errors", "registry", "files", "naming", "lineage"},
     "engine": {"errors", "registry", "files", "plan"},
     "merging": {"errors", "registry", "plan"},
     "lora": {"errors", "registry", "files", "naming"},
-    "ops": {"errors", "registry", "files", "naming", "plan", "engine", "merging", "lora", "version"},
-    "cli": {"errors", "registry", "files", "naming", "plan", "engine", "merging", "lora", "ops", "version"},
+    "ops": {"errors", "registry", "files", "naming", "lineage", "plan", "engine", "merging", "lora", "version"},
+    "cli": {"errors", "registry", "files", "naming", "lineage", "plan", "engine", "merging", "lora", "ops", "version"},
     # The package itself holds the version, and loads a verb when it is asked for.
     "__init__": {"ops"},
 }
@@ -137,7 +138,7 @@ def test_only_the_command_line_prints(path: Path) -> None:
 @every_file
 def test_torch_numpy_and_rich_are_imported_where_they_are_used(path: Path) -> None:
     """At the top of a file they would be paid for by --help, and by whoever only looks at a header."""
-    heavy = {"torch", "numpy", "rich", "xxhash", "huggingface_hub", "safetensors", "matplotlib"}
+    heavy = {"torch", "numpy", "rich", "xxhash", "huggingface_hub", "safetensors", "matplotlib", "scipy", "yaml"}
     if name_of(path) in TORCH_AT_THE_TOP:
         heavy -= {"torch"}
     for node in tree_of(path).body:
@@ -200,23 +201,29 @@ def test_the_packages_listed_are_the_folders_there_are() -> None:
 
 def test_what_is_imported_is_what_is_declared() -> None:
     said: Any = project()["project"]
-    lines = [*said["dependencies"], *said["optional-dependencies"]["plot"]]
+    lines = [*said["dependencies"], *(line for name in EXTRAS for line in said["optional-dependencies"][name])]
     declared = {re.split(r"[<>=~!\[; ]", line)[0] for line in lines}
-    names = {"huggingface-hub": "huggingface_hub"}
+    names = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml"}
     used = {module.split(".")[0] for path in FILES for module in imports_of(path, types=False)}
     assert used - set(sys.stdlib_module_names) - {"weightops"} == {names.get(name, name) for name in declared}
 
 
-def test_an_extra_is_used_where_it_is_needed_alone() -> None:
-    users = {name_of(path) for path in FILES for module in imports_of(path) if module.split(".")[0] == "matplotlib"}
-    assert users == {"cli/plots.py"}
+# Each extra, the package that it brings, and the only file that may import it.
+EXTRAS = {"plot": ("matplotlib", "cli/plots.py"), "rebasin": ("scipy", "merging/rebasin.py")}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_an_extra_is_used_where_it_is_needed_alone(name: str) -> None:
+    package, file = EXTRAS[name]
+    users = {name_of(path) for path in FILES for module in imports_of(path) if module.split(".")[0] == package}
+    assert users == {file}
 
 
 def test_the_version_is_said_in_one_place_for_all() -> None:
     assert project()["project"]["version"] == weightops.__version__  # type: ignore[index]
 
 
-VERBS = ["combine", "convert", "extract", "fuse", "inspect", "merge", "resize", "unfuse"]
+VERBS = ["blocks", "combine", "convert", "extract", "fuse", "inspect", "merge", "replay", "resize", "unfuse"]
 
 
 def test_every_verb_is_a_function_of_the_package() -> None:

@@ -8,27 +8,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weightops.ops.blocks import blocks
     from weightops.ops.combine import combine
     from weightops.ops.convert import convert
     from weightops.ops.extract import extract
     from weightops.ops.fuse import fuse
     from weightops.ops.inspect import inspect
     from weightops.ops.merge import merge
+    from weightops.ops.replay import replay
     from weightops.ops.resize import resize
     from weightops.ops.unfuse import unfuse
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "combine", "convert", "extract", "fuse", "inspect", "merge", "resize", "unfuse"]
+__all__ = [
+    "__version__", "blocks", "combine", "convert", "extract", "fuse", "inspect", "merge", "replay", "resize", "unfuse",
+]  # fmt: skip
 
 # Imported when first asked for, so that `import weightops` costs nothing. No subpackage may have a verb's name:
 # importing it would put the module in the function's place.
 _VERBS = {
+    "blocks": "weightops.ops.blocks",
     "combine": "weightops.ops.combine",
     "convert": "weightops.ops.convert",
     "extract": "weightops.ops.extract",
     "fuse": "weightops.ops.fuse",
     "inspect": "weightops.ops.inspect",
     "merge": "weightops.ops.merge",
+    "replay": "weightops.ops.replay",
     "resize": "weightops.ops.resize",
     "unfuse": "weightops.ops.unfuse",
 }

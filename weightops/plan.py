@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from weightops.lineage import KEY, entries
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,8 +24,13 @@ if TYPE_CHECKING:
 
 
 class Grain(Enum):
-    """May the engine cut the work into bands of rows, or is the whole tensor needed at once?"""
+    """May the engine cut the work into bands of rows, or is the whole tensor needed at once?
 
+    VALUES: any value may be apart from the others. It is a method's word: who plans flattens the slots of such work,
+    and its task is ROWS.
+    """
+
+    VALUES = "values"
     ROWS = "rows"
     TENSOR = "tensor"
 
@@ -61,8 +68,13 @@ class Task:
     No inputs: `compute` makes the outputs from nothing, as with constants. What outputs hold before is chance:
     it fills all of them. `raw`: it is a RawCompute, and torch is not needed.
     `work_nbytes` are the bytes of working copies that `compute` makes for a block, at most. `tolerance`: how far an
-    output may be off the same work in float64, relative to the larger of it and of inputs of its shape.
+    output may be off the same work in float64, relative to the larger of it and of inputs of its shape. `repeated`: it
+    decides between values (by a threshold, a vote), so that a check repeats it as it was, not in float64.
     With ROWS, all slots that are not shared have equally many rows.
+
+    `gather`: makes one value of those of all blocks, given in order, once the last of them is there. `follows`: so many
+    tasks directly before this one must be whole first; its compute takes what they gathered, in order, after the block,
+    and its gather after the values.
     """
 
     name: str
@@ -73,8 +85,13 @@ class Task:
     work_nbytes: int = 0
     raw: bool = False
     tolerance: float = 0.0
+    repeated: bool = False
+    gather: Callable[..., Any] | None = None
+    follows: int = 0
 
     def __post_init__(self) -> None:
+        if self.grain is Grain.VALUES:
+            raise ValueError(f"{self.name}: a task's grain is ROWS or TENSOR")
         if self.raw and self.grain is Grain.ROWS:
             for slot in (*self.outputs, *(i.slot for i in self.inputs if not i.shared)):
                 if slot.spec.rows * slot.spec.row_nbytes != slot.spec.nbytes:
@@ -90,11 +107,12 @@ class Plan:
     """`tasks` over `sources`, filling the tensors `outputs`; no outputs: a scan, whose values are returned.
 
     `metadata` is written as it stands; `recipe` joins it under the key `weightops`, with the name and the
-    hash of each source filled in. With `refuse_nonfinite`, NaN or Inf among the outputs is an error.
-    `files`: the output is a folder, in which each output stands in one of these, beside `extras`, files whose
-    bytes are given by path. `data_hashes`: keys of the metadata, and the format of each ("0x{}"), for the SHA-256
-    of all bytes after the header of the file in which they stand. `header`: the first bytes of the one file as they
-    are to stand, in place of a header of ours; the tensors follow in the order of `outputs`.
+    hash of each source filled in, and the recipe by which that one was made (`weightops.lineage`). With
+    `refuse_nonfinite`, NaN or Inf among the outputs is an error. `files`: the output is a folder, in which each output
+    stands in one of these, beside `extras`, files whose bytes are given by path. `data_hashes`: keys of the metadata,
+    and the format of each ("0x{}"), for the SHA-256 of all bytes after the header of the file in which they stand.
+    `header`: the first bytes of the one file as they are to stand, in place of a header of ours; the tensors follow in
+    the order of `outputs`.
     """
 
     sources: tuple[Checkpoint, ...]
@@ -124,8 +142,6 @@ class Plan:
         metadata = {**self.metadata, **(more or {})}
         if self.recipe is None:
             return metadata
-        # A file's name may be any bytes, but a header is Unicode.
-        names = [s.name.encode(errors="surrogateescape").decode(errors="replace") for s in self.sources]
-        inputs = [{"name": name, "hash": h} for name, h in zip(names, hashes, strict=True)]
-        recipe = {**self.recipe, "inputs": inputs}
-        return {**metadata, "weightops": json.dumps(recipe, sort_keys=True, ensure_ascii=False)}
+        told = ((s.name, hashed, s.metadata) for s, hashed in zip(self.sources, hashes, strict=True))
+        recipe = {**self.recipe, "inputs": entries(told)}
+        return {**metadata, KEY: json.dumps(recipe, sort_keys=True, ensure_ascii=False)}

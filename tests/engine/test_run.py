@@ -315,7 +315,7 @@ def test_scalars_and_empty_tensors_are_computed_like_any_other(tmp_path: Path) -
         assert inputs[0].shape == outputs[0].shape
         outputs[0].copy_(inputs[0] * 2)
 
-    for grain in Grain:
+    for grain in (Grain.ROWS, Grain.TENSOR):
         with open_checkpoint(path) as source:
             tasks = tuple(Task(k, (Input(0, source.slot(k)),), (source.slot(k),), twice, grain) for k in tensors)
             plan = Plan((source,), {k: i.spec for k, i in source.tensors.items()}, tasks)
@@ -471,6 +471,81 @@ def test_a_scan_of_shared_inputs_alone_is_called_once(opened: list[Checkpoint]) 
     task = Task("wide", (Input(0, opened[0].slot("wide"), shared=True),), (), look)
     outcome = run(Plan((opened[0],), {}, (task,)), None, memory=64 * MIB)
     assert outcome.values == {0: [(Block(0, 0, 1), math.prod(WIDE))]}
+
+
+# ------------------------------------------------------------------------------------------------ tasks that follow
+
+
+def ranged(opened: list[Checkpoint], gathered: list[int]) -> Plan:
+    """Both halves scaled by the largest of their sums, which a first task finds, and less the mean, which a second does
+    with the first's."""
+
+    def largest(inputs: Tensors, _outputs: Tensors, block: Block) -> float:
+        return float((inputs[0].float() + inputs[1].float()).abs().max())
+
+    def sums(inputs: Tensors, _outputs: Tensors, _block: Block, top: float) -> float:
+        return float(inputs[0].double().sum()) / top
+
+    def scaled(inputs: Tensors, outputs: Tensors, _block: Block, top: float, total: float) -> None:
+        torch.div(inputs[0] - total / 1e6, top, out=outputs[0])
+
+    def first(values: list[float]) -> float:
+        gathered.append(len(values))
+        return max(values)
+
+    def second(values: list[float], top: float) -> float:
+        gathered.append(len(values))
+        return math.fsum(values) + top
+
+    inputs = (flat(0, "wide", opened), flat(1, "wide", opened))
+    spec = opened[0].tensors["wide"].spec
+    tasks = (
+        Task("wide", inputs, (), largest, gather=first),
+        Task("wide", inputs[:1], (), sums, gather=second, follows=1),
+        Task("wide", inputs, (Slot("wide", spec.flat()),), scaled, follows=2),
+    )
+    return Plan(tuple(opened), {"wide": spec}, tasks)
+
+
+def test_a_task_that_follows_others_is_given_what_they_found(opened: list[Checkpoint], tmp_path: Path) -> None:
+    written = set()
+    for memory in MEMORIES:
+        for threads in (1, 2, 5):
+            gathered: list[int] = []
+            outcome = run(ranged(opened, gathered), tmp_path / "out.safetensors", memory=memory, threads=threads,
+                          force=True)  # fmt: skip
+            assert gathered == [22, 22]  # once, of all blocks
+            assert outcome.peak_in_flight <= memory
+            written.add(digest(tmp_path / "out.safetensors"))
+    assert len(written) == 1
+    a, b = (load_file(c.label)["wide"] for c in opened)
+    top = float((a.float() + b.float()).abs().max())
+    total = float(a.double().sum()) / top + top
+    assert outcome.found == {0: top, 1: pytest.approx(total, rel=1e-9)}
+    assert outcome.values == {}
+    found = load_file(tmp_path / "out.safetensors")["wide"]
+    assert torch.allclose(found.double(), (a.double() - total / 1e6) / top, rtol=1e-2, atol=1e-3)
+
+
+def test_who_follows_a_task_that_fails_does_not_wait_for_ever(opened: list[Checkpoint], tmp_path: Path) -> None:
+    def failing(_inputs: Tensors, _outputs: Tensors, block: Block) -> float:
+        if block.number == 20:
+            raise ValueError("as it is meant to")
+        return 0.0
+
+    plan = ranged(opened, [])
+    plan = replace(plan, tasks=(replace(plan.tasks[0], compute=failing), *plan.tasks[1:]))
+    for threads in (1, 3):
+        with pytest.raises(ValueError, match="as it is meant to"):
+            run(plan, tmp_path / "out.safetensors", memory=64 * MIB, threads=threads)
+        assert list(tmp_path.glob("out*")) == []
+        assert no_workers_left()
+
+
+def test_the_hash_does_not_depend_on_how_often_a_tensor_is_looked_at(opened: list[Checkpoint], tmp_path: Path) -> None:
+    once = replace(ranged(opened, []), tasks=tuple(t for t in averaged(opened).tasks if t.name == "wide"))
+    looked = run(ranged(opened, []), tmp_path / "a.safetensors", memory=64 * MIB)
+    assert looked.hashes == run(once, tmp_path / "b.safetensors", memory=64 * MIB).hashes
 
 
 # ------------------------------------------------------------------------------------------------ hashes

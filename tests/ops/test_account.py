@@ -14,8 +14,10 @@ from weightops.errors import MismatchError, UsageError
 from weightops.files.checkpoint import Checkpoint
 from weightops.files.dtypes import ARITHMETIC
 from weightops.files.tensor import TensorInfo, TensorSpec
+from weightops.merging.recipe import Model, Recipe, merged
 from weightops.naming.identify import DROPPABLE
-from weightops.ops.merge import _settings, plan_merge
+from weightops.ops.merge import check_recipe
+from weightops.ops.merge_plan import Wish, plan_merge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,12 +92,18 @@ def opened(label: str, specs: Mapping[str, TensorSpec]) -> Checkpoint:
 
 
 def planned(asked: Asked) -> tuple[Planned, list[Checkpoint]]:
-    sources = [opened(f"m{i}", m) for i, m in enumerate(asked.models)]
+    files = {f"m{i}": opened(f"m{i}", m) for i, m in enumerate(asked.models)}
+    models = [Model(name) for name in files]
+    words = {key: value for key, value in asked.words.items() if key not in ("strict", "allow_nonfinite")}
+    root = merged("weighted_sum", models)
     if asked.base is not None:
-        sources.insert(0, opened("base", asked.base))
-    vae_file = opened("vae", asked.vae_file) if asked.vae_file is not None else None
-    found = _settings(len(asked.models), None, None, True, asked.base is not None, None, {}, **asked.words)
-    return plan_merge(sources, found, vae_file=vae_file), [*sources, *([vae_file] if vae_file else [])]
+        files = {"base": opened("base", asked.base), **files}
+        root = merged("add_difference", [Model("base"), *models])
+    if asked.vae_file is not None:
+        files["vae.safetensors"] = opened("vae", asked.vae_file)
+    recipe = Recipe(root, models[0], tuple(models), **words)
+    check_recipe(recipe)
+    return plan_merge(recipe, files, Wish(asked.words["strict"])).planned, list(files.values())
 
 
 ASKED = {

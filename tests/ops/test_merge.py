@@ -538,8 +538,13 @@ def test_the_recipe_says_how_the_file_was_made() -> None:
     assert recipe == {
         "command": "merge",
         "version": __version__,
-        "method": "weighted_sum",
-        "parameters": {"weights": [0.75, 0.25]},
+        "merge": {
+            "method": "weighted_sum",
+            "inputs": [{"model": 0}, {"model": 1}],
+            "parameters": {"weights": [0.75, 0.25], "normalize": True},
+        },
+        "like": 0,
+        "numbered": [0, 1],
         "vae": "1",
         "text_encoder": "merge",
         "dtype": "keep",
@@ -561,7 +566,7 @@ def test_the_recipe_names_the_base_and_the_vae_file_too() -> None:
     assert [entry["name"] for entry in recipe["inputs"]] == [
         "c.safetensors", "a.safetensors", "b.safetensors", "vae.safetensors",
     ]  # fmt: skip
-    assert recipe["vae"] == "file"  # the last of the inputs
+    assert recipe["vae"] == {"file": 3}  # of the inputs
 
 
 def test_the_recipe_holds_no_path_and_no_date(tmp_path: Path) -> None:

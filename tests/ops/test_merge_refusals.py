@@ -87,8 +87,7 @@ COMPONENTS = "known are ema, optimizer, schedule, vae, text_encoder, safety_chec
         (2, {"weights": (0, 0)}, "--weights: the weights sum to 0 and cannot be normalised", "add --no-normalize"),
         (2, {"method": "weigthed_sum"}, "unknown merge method 'weigthed_sum'", "did you mean 'weighted_sum'?"),
         (2, {"method": "add_difference"}, "--base: add_difference needs a base", SHOWS),
-        (2, {"method": "weighted_sum", "base": "c.safetensors"}, "--base: weighted_sum takes no base", SHOWS),
-        (2, {"parameters": {"drop": 1}}, "--set: weighted_sum has no parameter 'drop'", "it has weights"),
+        (2, {"parameters": {"drop": 1}}, "--set: weighted_sum has no parameter 'drop'", "it has weights, normalize"),
         (2, {"parameters": {"weights": "1,2"}}, "--set: found weights, which are given with --weights", None),
         (2, {"dtype": "fp17"}, "--dtype: unknown dtype 'fp17'", "known: keep, fp32, fp16, bf16, fp8_e4m3, fp8_e5m2"),
         (2, {"drop": ["emma"]}, "--drop: unknown component 'emma'", COMPONENTS),
@@ -207,7 +206,7 @@ def test_adapters_are_refused() -> None:
     a = make("a", {"lora_unet_x.lora_up.weight": [1.0], "lora_unet_x.lora_down.weight": [1.0]})
     assert refused(a, a, kind=MismatchError) == (
         "a.safetensors: is a LoRA: a sum of factors is not the sum of what they do, and merge takes checkpoints",
-        None,
+        "in a recipe, lora: FILE adds one; combine makes one LoRA of several",
     )
 
 

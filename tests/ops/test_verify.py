@@ -16,12 +16,13 @@ from weightops.errors import ValueRefused
 from weightops.files.checkpoint import open_checkpoint
 from weightops.files.folder import OutputFile
 from weightops.files.tensor import Slot, TensorSpec
-from weightops.ops.merge import _settings, plan_merge
+from weightops.merging.recipe import Model, Recipe, merged
+from weightops.ops.merge_plan import Wish, plan_merge
 from weightops.ops.verify import ulps, verify
 from weightops.plan import Grain, Input, Plan, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -95,14 +96,12 @@ def test_a_flipped_byte_is_caught(dtype: torch.dtype, key: str, flip: int) -> No
     at = info.start + 3 * size + size - 1  # the highest byte of the fourth value: sign and exponent
     data[at] ^= flip
     Path("out.safetensors").write_bytes(data)
-    words: Mapping[str, Any] = {
-        "vae": "1", "text_encoder": "merge", "dtype": "keep", "drop": (), "on_mismatch": "error", "strict": False,
-        "allow_nonfinite": False,
-    }  # fmt: skip
-    settings = _settings(2, 0.7, None, True, False, None, {}, **words)
+    root = merged("weighted_sum", [Model("a"), Model("b")], {"weights": (1 - 0.7, 0.7)})
+    recipe = Recipe(root, Model("a"), (Model("a"), Model("b")))
     opened = [open_checkpoint(m) for m in models]
+    plan = plan_merge(recipe, dict(zip("ab", opened, strict=True)), Wish()).planned.plan
     with opened[0], opened[1], pytest.raises(ValueRefused) as caught:
-        verify(plan_merge(opened, settings).plan, Path("out.safetensors"), label="out.safetensors")
+        verify(plan, Path("out.safetensors"), label="out.safetensors")
     assert str(caught.value).startswith(f"out.safetensors: tensor '{key}' is ")
     assert str(caught.value).endswith(" units in the last place off its float64 reference")
     assert caught.value.hint is not None

@@ -19,6 +19,10 @@ from weightops.ops.fuse import fuse
     help="The strength of all LoRAs in text encoders, in place of their own; 0 leaves these as they are.",
 )  # fmt: skip
 @click.option(
+    "--blocks", metavar="SPEC",
+    help="Factors of the strengths: OUT=0.5, attn.q=0, a preset, or a list of numbers. `weightops blocks` names them.",
+)  # fmt: skip
+@click.option(
     "--undo", metavar="FILE", help="Write this too: with it, unfuse makes the checkpoint again, byte for byte."
 )
 @click.option("--embeddings", metavar="FOLDER", help="Copy embeddings that the LoRAs carry along into a new folder.")

@@ -7,6 +7,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from weightops.cli.lineage import lineage
 from weightops.cli.render import console, dtypes, number, size, table
 from weightops.errors import listing, printable, quote
 from weightops.ops.report import modules
@@ -39,6 +40,9 @@ def inspection(found: Inspection, *, verbose: bool) -> None:
             words = known(value) if known is not None and not verbose else None
             drawn.add_row(folded(key, verbose), folded(words or value, verbose))
         out.print(drawn)
+    if found.lineage is not None:
+        out.print()
+        lineage(out, found.lineage, verbose=verbose)
     if found.left_out:
         out.print()
         drawn = table("left out", "")
@@ -262,6 +266,8 @@ def recipe_words(text: str) -> str | None:
         if recipe["command"] == "convert":
             to = f", to {recipe['to']}" if "to" in recipe else ""
             return f"convert of {names}{to}, dtype {recipe['dtype']} (weightops {recipe['version']})"
+        if "merge" in recipe:
+            return f"merge of {names} (weightops {recipe['version']})"
         parameters = recipe["parameters"].items()
         settings = ", ".join(
             f"{k} {', '.join(f'{x:g}' for x in v) if isinstance(v, list) else v}" for k, v in parameters

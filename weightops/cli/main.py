@@ -32,6 +32,7 @@ class Entry(NamedTuple):
 # Most used first. The help lines stand here so that `--help` imports no command.
 ENTRIES: tuple[Entry, ...] = (
     Entry("inspect", "Look", "What is this file? Kind, architecture, components, dtypes, metadata."),
+    Entry("blocks", "Look", "The names of a file's blocks, for --blocks, and what they hold."),
     Entry("merge", "Checkpoints", "Two or more models into one, every tensor accounted for."),
     Entry("fuse", "LoRAs", "LoRAs of any family and dialect into a checkpoint."),
     Entry("extract", "LoRAs", "A LoRA out of a finetune and its base."),
@@ -39,6 +40,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("combine", "LoRAs", "Several LoRAs into one, exactly or at the best of a rank."),
     Entry("unfuse", "LoRAs", "Take fused LoRAs out again, bit for bit."),
     Entry("convert", "Files", "A checkpoint in another layout, dtype or container."),
+    Entry("replay", "Files", "A file made again by its own recipe, and compared with itself."),
     Entry("demo", "Start here", "A small real merge, made and checked on the spot."),
 )
 

@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from weightops.cli import options, render
+from weightops.errors import UsageError
 from weightops.merging.method import METHODS
-from weightops.ops.merge import merge
+from weightops.ops.merge import merge, recipe_of
 
 
 def _list_methods(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -17,17 +18,41 @@ def _list_methods(ctx: click.Context, _param: click.Parameter, value: bool) -> N
         ctx.exit()
 
 
+# What a recipe file says itself.
+_OF_THE_RECIPE = (
+    "models", "alpha", "weights", "base", "method", "settings", "blocks", "statistics", "ema", "seed", "vae",
+    "text_encoder", "dtype", "drop", "on_mismatch", "no_normalize",
+)  # fmt: skip
+
+
+def _check_alone(ctx: click.Context) -> None:
+    """Refuse words beside --recipe that it says itself: neither would be sure to count."""
+    source = click.core.ParameterSource.COMMANDLINE
+    for param in ctx.command.params:
+        if param.name in _OF_THE_RECIPE and ctx.get_parameter_source(param.name) is source:
+            said = param.opts[-1] if isinstance(param, click.Option) else "MODEL"
+            raise UsageError("--recipe", f"found {said} beside it", "say it in the recipe")
+
+
 @click.command("merge", short_help="Two or more models into one.")
-@click.argument("models", metavar="MODEL…", nargs=-1, required=True)
+@click.argument("models", metavar="MODEL…", nargs=-1)
 @click.option("--alpha", type=float, metavar="X",
               help="Two models: (1-X)·A + X·B; with --base C, A + X·(B - C).  [default: 0.5; 1]")  # fmt: skip
 @click.option("--weights", type=options.Numbers(), help="One weight per model, normalised to a sum of 1.")
 @click.option("--no-normalize", is_flag=True, help="Take --weights as they are.")
-@click.option("--base", metavar="FILE", help="Add differences from this model: base + Σ wᵢ·(modelᵢ - base).")
+@click.option("--base", metavar="FILE", help="What the models were made of: differences from it are merged.")
 @click.option("--method", metavar="NAME", help="Another way to merge; --list-methods shows them.")
 @click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the method.")
 @click.option("--list-methods", is_flag=True, is_eager=True, expose_value=False, callback=_list_methods,
               help="Show the methods and leave.")  # fmt: skip
+@click.option("--blocks", metavar="SPEC",
+              help="Other numbers for --alpha in some blocks or layers: IN04-IN08=0.2,attn.q=0, a preset, or a list.")  # fmt: skip
+@click.option("--statistics", metavar="FILE", multiple=True,
+              help="For fisher and regmean: of each model in turn, a file with its statistics.")  # fmt: skip
+@click.option("--ema", is_flag=True, help="Take the averages that training kept (model_ema.*) as the weights.")
+@click.option("--recipe", metavar="FILE", help="A tree of models, LoRAs and methods, in YAML, in place of all that.")
+@click.option("--print-recipe", is_flag=True, help="Show these words as such a recipe, and leave.")
+@click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Of methods that draw.")
 @click.option("--vae", metavar="N|merge|FILE", default="1", show_default=True,
               help="Whose VAE is kept. A merged VAE spoils colours; a file that is only a VAE is merged.")  # fmt: skip
 @click.option("--text-encoder", metavar="N|merge", default="merge", show_default=True, help="Whose text encoders.")
@@ -38,9 +63,10 @@ def _list_methods(ctx: click.Context, _param: click.Parameter, value: bool) -> N
 @options.writing
 @options.running
 @options.speaking
+@click.pass_context
 def command(
-    models: tuple[str, ...], settings: tuple[str, ...], no_normalize: bool, verify: bool,
-    as_json: bool, quiet: bool, verbose: bool, **rest: Any,
+    ctx: click.Context, /, models: tuple[str, ...], settings: tuple[str, ...], no_normalize: bool, print_recipe: bool,
+    recipe: str | None, verify: bool, as_json: bool, quiet: bool, verbose: bool, **rest: Any,
 ) -> None:  # fmt: skip
     """Two or more models into one, in one streaming pass, every tensor accounted for.
 
@@ -51,9 +77,15 @@ def command(
     The VAE is the first model's, text encoders are merged, and the first model's metadata and dtypes are kept,
     unless you say otherwise.
     """
+    if recipe is not None:
+        _check_alone(ctx)
+    said: dict[str, Any] = {"parameters": options.settings_of(settings), "normalize": not no_normalize}
+    if print_recipe:
+        from weightops.ops.recipe_file import recipe_text
+
+        asked = {key: rest[key] for key in _OF_THE_RECIPE if key in rest}
+        click.echo(recipe_text(recipe_of(models, **said, **asked)), nl=False)
+        return
     with render.progress("merging", quiet=quiet or as_json) as on_progress:
-        report = merge(
-            *models, normalize=not no_normalize, parameters=options.settings_of(settings), verify=verify,
-            on_progress=on_progress, **rest,
-        )  # fmt: skip
+        report = merge(*models, recipe=recipe, verify=verify, on_progress=on_progress, **said, **rest)
     render.finished(report, as_json=as_json, quiet=quiet, verbose=verbose)

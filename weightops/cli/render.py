@@ -128,6 +128,8 @@ def report(found: Report, *, verbose: bool) -> None:
     for text in found.warnings:
         print_warning(text)
     undo, bundled = found.details.get("undo"), found.details.get("embeddings")
+    if found.dry_run and "tree" in found.details:
+        _recipe(out, found.details)
     out.print()
     for entry in found.inputs:
         hashed = f"  {entry['hash']}" if entry["hash"] and verbose else ""
@@ -159,6 +161,24 @@ def report(found: Report, *, verbose: bool) -> None:
     if found.checked is not None:
         out.print(f"       checked: {found.checked['tensors']:,} tensors came back, {size(found.checked['bytes'])}, "
                   f"byte for byte")  # fmt: skip
+
+
+def _recipe(out: Console, found: Mapping[str, Any]) -> None:
+    """The tree of a merge, in how many passes it is made, and the memory that it takes."""
+    from rich.tree import Tree
+
+    def add(at: Tree, node: Mapping[str, Any]) -> Tree:
+        for child in node["inputs"]:
+            add(at.add(printable(child["node"])), child)
+        return at
+
+    out.print()
+    out.print(add(Tree(printable(found["tree"]["node"]), guide_style="dim"), found["tree"]))
+    out.print()
+    passes, looks, memory = found["passes"], found["looks"], found["memory"]
+    said = "one pass" if passes == 1 else f"{passes} passes over the models, the last of which writes"
+    said += f"; {looks:,} tensors are looked at before they are written" if looks else ""
+    out.print(f"{said}; {memory['bytes'] / 2**20:.0f} MiB in flight, of which it needs {memory['least'] / 2**20:.0f}")
 
 
 def wrote(name: str, nbytes: int) -> None:

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any, cast
 from weightops.engine.chunks import slot_span
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from weightops.engine.chunks import Chunk
     from weightops.files.tensor import Slot
-    from weightops.plan import Block, RawCompute
+    from weightops.plan import Block
 
 
-def compute_raw(chunk: Chunk, inputs: Sequence[memoryview], outputs: Sequence[memoryview]) -> list[Any]:
+def compute_raw(
+    chunk: Chunk, inputs: Sequence[memoryview], outputs: Sequence[memoryview], found: Sequence[Any] = ()
+) -> list[Any]:
     """Run the task's compute on the bytes of each block of the chunk; the blocks' values, in order."""
     task = chunk.task
-    compute = cast("RawCompute", task.compute)
+    compute = cast("Callable[..., Any]", task.compute)
 
     def part(slot: Slot, buffer: memoryview, block: Block, shared: bool = False) -> memoryview:
         begin, _ = slot_span(task, slot, chunk.start, chunk.stop, shared=shared)
@@ -28,5 +30,5 @@ def compute_raw(chunk: Chunk, inputs: Sequence[memoryview], outputs: Sequence[me
     for block in chunk.blocks():
         given = [part(i.slot, buffer, block, i.shared) for i, buffer in zip(task.inputs, inputs, strict=True)]
         filled = [part(slot, buffer, block) for slot, buffer in zip(task.outputs, outputs, strict=True)]
-        values.append(compute(given, filled, block))
+        values.append(compute(given, filled, block, *found))
     return values

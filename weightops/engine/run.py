@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from weightops.engine.budget import Budget, Cancelled
 from weightops.engine.buffers import Buffers
-from weightops.engine.chunks import Chunk, check_memory, chunk_target, cut, slot_span, smallest_memory
+from weightops.engine.chunks import Chunk, check_memory, chunk_target, cut, slot_span, smallest_memory, task_rows
 from weightops.engine.finite import first_nonfinite
 from weightops.engine.raw import compute_raw
 from weightops.errors import ValueRefused, quote
@@ -56,6 +56,8 @@ def ignore(done: int, total: int) -> None:
 class Outcome:
     """What a run did: bytes, seconds, chunks, the hash of what was read of each source, a scan's values by task.
 
+    found: what the tasks that gather have gathered, by their numbers.
+
     leaves: of each source, what its hash is made of.
     """
 
@@ -67,6 +69,7 @@ class Outcome:
     hashes: list[str] = field(default_factory=list)
     leaves: list[Leaves] = field(default_factory=list)
     values: dict[int, list[Any]] = field(default_factory=dict)
+    found: dict[int, Any] = field(default_factory=dict)
 
 
 class Beside(Protocol):
@@ -194,6 +197,8 @@ class _Run:
         self.error: BaseException | None = None
         self.leaves: list[Leaves] = [{} for _ in plan.sources]
         self.values: dict[int, dict[int, Any]] = {}
+        self.found: dict[int, Any] = {}  # by the numbers of tasks that are whole, of those that gather
+        self._rows_done: dict[int, int] = {}
         self._live: set[threading.Lock] = set()  # one for each thread, to be taken by who answers for its end
         self._ended = threading.Condition()
         self._feed = threading.Lock()
@@ -201,6 +206,7 @@ class _Run:
         # other workers keep.
         self._chunks = self._looking_ahead(cut(plan, memory))
         self._state = threading.Lock()
+        self._whole = threading.Condition(self._state)
         self._computing = threading.Semaphore(threads)
         self._torch_ready = threading.Event()
 
@@ -233,6 +239,7 @@ class _Run:
             hashes=[hash_of(leaves) for leaves in self.leaves],
             leaves=self.leaves,
             values={n: [found[i] for i in sorted(found)] for n, found in self.values.items()},
+            found=self.found,
         )
 
     def _start(self, count: int, target: Callable[[], None]) -> None:
@@ -277,6 +284,8 @@ class _Run:
                 self.error = error
         self.budget.cancel()
         self._torch_ready.set()
+        with self._whole:
+            self._whole.notify_all()
 
     def _import_torch(self) -> None:
         tensors = _import_tensors()
@@ -347,12 +356,13 @@ class _Run:
             self._torch_ready.wait()
             if self.budget.cancelled:
                 raise Cancelled
+        followed = self._wait_for_followed(chunk)
         with self._computing:
             outputs = inputs
             if task.compute is not None:
                 compute = buffers.attach(self.device).compute if task.needs_torch else compute_raw
                 outputs = [buffers.get(("out", n), _nbytes(span)) for n, span in enumerate(spans)]
-                self._collect(chunk, compute(chunk, inputs, outputs))
+                self._collect(chunk, compute(chunk, inputs, outputs, followed), followed)
             if self.plan.refuse_nonfinite:
                 self._check_finite(chunk, inputs, outputs)
         if self.writer is not None:
@@ -379,11 +389,35 @@ class _Run:
             again += stop - start if filled and entry.shared and chunk.start else 0
         return inputs, nbytes, again
 
-    def _collect(self, chunk: Chunk, values: list[Any]) -> None:
-        if any(v is not None for v in values):
-            with self._state:
-                found = self.values.setdefault(chunk.number, {})
-                found.update((block.number, v) for block, v in zip(chunk.blocks(), values, strict=True))
+    def _wait_for_followed(self, chunk: Chunk) -> list[Any]:
+        """What the tasks have gathered that this one follows.
+
+        Their chunks were handed out before this one, with all that they need: other workers have them, and end them.
+        """
+        wanted = range(chunk.number - chunk.task.follows, chunk.number)
+        with self._whole:
+            self._whole.wait_for(lambda: self.budget.cancelled or all(n in self.found for n in wanted))
+            if self.budget.cancelled:
+                raise Cancelled
+            return [self.found[n] for n in wanted]
+
+    def _collect(self, chunk: Chunk, values: list[Any], followed: list[Any]) -> None:
+        task, number = chunk.task, chunk.number
+        if task.gather is None and all(v is None for v in values):
+            return
+        with self._state:
+            of_blocks = self.values.setdefault(number, {})
+            of_blocks.update((block.number, v) for block, v in zip(chunk.blocks(), values, strict=True))
+            if task.gather is None:
+                return
+            self._rows_done[number] = self._rows_done.get(number, 0) + chunk.stop - chunk.start
+            if self._rows_done[number] < task_rows(task):
+                return
+            del self.values[number]
+        gathered = task.gather([of_blocks[n] for n in sorted(of_blocks)], *followed)
+        with self._whole:
+            self.found[number] = gathered
+            self._whole.notify_all()
 
     def _hash(self, chunk: Chunk, inputs: list[memoryview]) -> None:
         """Hash each block of each input while it is hot in the cache; blocks do not depend on the chunking."""
@@ -396,8 +430,9 @@ class _Run:
             begin, _ = _span(chunk, entry.slot, entry.shared)
             for block in chunk.blocks() if not entry.shared else [Block(0, 0, 0)]:
                 start, stop = slot_span(chunk.task, entry.slot, block.start, block.stop, shared=entry.shared)
-                part = buffer[start - begin : stop - begin]
-                leaves[entry.slot.key, entry.slot.bands or (), start, stop] = xxhash.xxh3_128_digest(part)
+                leaf = entry.slot.key, entry.slot.bands or (), start, stop
+                if leaf not in leaves:  # another look at the same bytes
+                    leaves[leaf] = xxhash.xxh3_128_digest(buffer[start - begin : stop - begin])
 
     def _check_finite(self, chunk: Chunk, inputs: list[memoryview], outputs: list[memoryview]) -> None:
         for slot, buffer in zip(chunk.task.outputs, outputs, strict=True):

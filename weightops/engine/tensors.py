@@ -14,13 +14,12 @@ from weightops.errors import UsageError
 from weightops.plan import Grain
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
     from weightops.engine.chunks import Chunk
     from weightops.files.tensor import TensorSpec
-    from weightops.plan import Compute
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -76,8 +75,10 @@ def resolve_device(device: str) -> str:
 class Lane(Protocol):
     """Where one worker computes: chunks come as host buffers and leave as host buffers."""
 
-    def compute(self, chunk: Chunk, inputs: Sequence[memoryview], outputs: Sequence[memoryview]) -> list[Any]:
-        """Run the task's compute on each block of the chunk; the blocks' values, in order."""
+    def compute(
+        self, chunk: Chunk, inputs: Sequence[memoryview], outputs: Sequence[memoryview], found: Sequence[Any]
+    ) -> list[Any]:
+        """Run the task's compute on each block of the chunk; the blocks' values, in order. found: see Task.follows."""
 
     def pin(self, buffer: memoryview) -> None:
         """Called once for each new buffer, before it is filled."""
@@ -86,18 +87,20 @@ class Lane(Protocol):
         """Called once before a buffer is let go."""
 
 
-def _blocks(chunk: Chunk, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Any]:
+def _blocks(
+    chunk: Chunk, inputs: Sequence[Tensor], outputs: Sequence[Tensor], found: Sequence[Any]
+) -> list[Any]:
     task = chunk.task
-    compute = cast("Compute", task.compute)
+    compute = cast("Callable[..., Any]", task.compute)
     values = []
     with torch.no_grad():
         if task.grain is Grain.TENSOR:  # slots may differ in height here
-            return [compute(inputs, outputs, block) for block in chunk.blocks()]
+            return [compute(inputs, outputs, block, *found) for block in chunk.blocks()]
         for block in chunk.blocks():
             low, high = block.start - chunk.start, block.stop - chunk.start
             given = [t if i.shared or t.ndim == 0 else t[low:high] for i, t in zip(task.inputs, inputs, strict=True)]
             filled = [t if t.ndim == 0 else t[low:high] for t in outputs]
-            values.append(compute(given, filled, block))
+            values.append(compute(given, filled, block, *found))
     return values
 
 
@@ -113,8 +116,10 @@ def _views(
 class CpuLane:
     """Computes in place on the host buffers."""
 
-    def compute(self, chunk: Chunk, inputs: Sequence[memoryview], outputs: Sequence[memoryview]) -> list[Any]:
-        return _blocks(chunk, *_views(chunk, inputs, outputs))
+    def compute(
+        self, chunk: Chunk, inputs: Sequence[memoryview], outputs: Sequence[memoryview], found: Sequence[Any]
+    ) -> list[Any]:
+        return _blocks(chunk, *_views(chunk, inputs, outputs), found)
 
     def pin(self, buffer: memoryview) -> None:
         pass
@@ -137,13 +142,15 @@ class CudaLane:
         self.runtime = cuda.cudart()
         self.pinned: set[int] = set()
 
-    def compute(self, chunk: Chunk, inputs: Sequence[memoryview], outputs: Sequence[memoryview]) -> list[Any]:
+    def compute(
+        self, chunk: Chunk, inputs: Sequence[memoryview], outputs: Sequence[memoryview], found: Sequence[Any]
+    ) -> list[Any]:
         host_in, host_out = _views(chunk, inputs, outputs)
         try:
             with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
                 given = [t.to(self.device, non_blocking=True) for t in host_in]
                 filled = [torch.empty_like(t, device=self.device) for t in host_out]
-                values = _blocks(chunk, given, filled)
+                values = _blocks(chunk, given, filled, found)
                 for host, result in zip(host_out, filled, strict=True):
                     host.copy_(result, non_blocking=True)
         finally:

@@ -15,6 +15,7 @@ from weightops.files.coalesce import coalesce
 from weightops.files.header import impostor, read_header
 from weightops.files.source import ByteSource, LocalFile, read
 from weightops.files.tensor import Slot, TensorInfo
+from weightops.lineage import KEY as RECIPE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -344,6 +345,7 @@ def _open_parts(folder: Place, label: str, parts: list[tuple[str, Place]], conta
     files: list[ByteSource] = []
     tensors: dict[str, TensorInfo] = {}
     left_out: list[tuple[str, str]] = []
+    recipes: set[str | None] = set()
     try:
         for component, path in parts:
             where = f"{label} ({component})"
@@ -352,6 +354,7 @@ def _open_parts(folder: Place, label: str, parts: list[tuple[str, Place]], conta
             except WeightopsError as e:
                 raise type(e)(where, e.what, e.hint) from None
             left_out.extend((f"{component}.{key}", reason) for key, reason in opened.left_out)
+            recipes.add(opened.metadata.get(RECIPE))
             for file in opened.files:
                 file.label = where
             for key, info in opened.tensors.items():
@@ -360,7 +363,10 @@ def _open_parts(folder: Place, label: str, parts: list[tuple[str, Place]], conta
     except BaseException:
         _close_all(files)
         raise
-    return Checkpoint(label, container, files, tensors, {}, left_out, tuple(c for c, _ in parts), folder)
+    # Of several files, what they say of themselves is not true of the whole, unless they were written together.
+    recipe = recipes.pop() if len(recipes) == 1 else None
+    metadata = {} if recipe is None else {RECIPE: recipe}
+    return Checkpoint(label, container, files, tensors, metadata, left_out, tuple(c for c, _ in parts), folder)
 
 
 # Folders of components that may each hold a PEFT adapter.

@@ -18,6 +18,8 @@ from weightops.registry import Registry
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from weightops.naming.permutations import Group
+
 # The parameters of a module, where a rule does not say otherwise.
 LEAVES = ("weight", "bias")
 
@@ -194,7 +196,7 @@ class Network:
     that canonical tensors have at any size, where another network has the same names. `blocks`: (name, prefixes
     of canonical names), in order, for block weights. `config`: how diffusers' config.json follows from shapes.
     `has`: canonical tensors of which one must be there, where another network has all the other names.
-    `adapter_spellings`: in which adapters alone are written.
+    `adapter_spellings`: in which adapters alone are written. `permutations`: channels that may trade places.
     """
 
     name: str
@@ -207,6 +209,7 @@ class Network:
     canonical: str = "diffusers"
     has: tuple[str, ...] = ()
     adapter_spellings: tuple[Spelling, ...] = ()
+    permutations: tuple[Group, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "needs", Sizes(self.needs))

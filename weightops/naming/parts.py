@@ -193,3 +193,15 @@ LDM_BLOCKS = (
     ("OUT10", ("up_blocks.3.resnets.1", "up_blocks.3.attentions.1")),
     ("OUT11", ("up_blocks.3.resnets.2", "up_blocks.3.attentions.2", "conv_norm_out", "conv_out")),
 )
+
+# Of VAEs, in the order in which an image passes through them. Wan's have norms of other names.
+AUTOENCODER_BLOCKS = (
+    ("encoder.in", ("encoder.conv_in",)),
+    ("encoder.down.{}", ("encoder.down_blocks.{}",)),
+    ("encoder.mid", ("encoder.mid_block",)),
+    ("encoder.out", ("encoder.conv_norm_out", "encoder.norm_out", "encoder.conv_out", "quant_conv", "bn")),
+    ("decoder.in", ("post_quant_conv", "decoder.conv_in")),
+    ("decoder.mid", ("decoder.mid_block",)),
+    ("decoder.up.{}", ("decoder.up_blocks.{}",)),
+    ("decoder.out", ("decoder.conv_norm_out", "decoder.norm_out", "decoder.conv_out")),
+)

@@ -40,16 +40,21 @@ class Alignment:
         """Take in a model; its names are read where it lacks a key of the first and both have known networks."""
         if model.tensors.keys() >= self.first.tensors.keys():
             return
-        if self._pieces is None:
-            self._pieces = {}
-            for name, found in places_of(self.first, self.identity).items():
-                self._pieces.setdefault(found.slot.key, []).append((name, found))
+        self.names("")
         known = {c: part.match.network.name for c, part in self.identity.parts.items() if part.match is not None}
         self._views[number] = {
             name: found
             for name, found in places_of(model, identity).items()
             if (part := identity.parts[name[0]]).match is not None and known.get(name[0]) == part.match.network.name
         }
+
+    def names(self, key: str) -> list[tuple[Name, Place]]:
+        """The canonical tensors that the first model's tensor holds, in their order; none where its names are unknown."""
+        if self._pieces is None:
+            self._pieces = {}
+            for name, found in places_of(self.first, self.identity).items():
+                self._pieces.setdefault(found.slot.key, []).append((name, found))
+        return self._pieces.get(key, [])
 
     def find(self, number: int, model: Checkpoint, key: str) -> tuple[Spot, ...] | None:
         """Where the model has the first model's tensor `key`: whole, or piece by piece in the first's order."""

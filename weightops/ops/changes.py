@@ -171,6 +171,38 @@ def _changed(changes: Sequence[Change], weight: Tensor, inputs: Sequence[Tensor]
     return weight if total is None else total
 
 
+def added(
+    changes: Sequence[Change], *, transposed: bool
+) -> Callable[[Sequence[Tensor], Tensor | None, slice, torch.dtype], Tensor]:
+    """A function of the parts, of rows of a weight W, which these are, and a dtype to work in: Σ λᵢ·(W'ᵢ − W) there.
+
+    W may be None where no change depends on it (see `depends`).
+    """
+
+    def change(parts: Sequence[Tensor], weight: Tensor | None, rows: slice, working: torch.dtype) -> Tensor:
+        import torch
+
+        given = [t.to(working) for t in parts]
+        shape = changes[0].shape
+        if weight is None or not depends(changes):
+            height = shape[0] if transposed else rows.stop - rows.start
+            start = torch.zeros((height, *shape[1:]), dtype=working, device=given[0].device)
+        else:
+            start = weight.T if transposed else weight
+        found = _changed(changes, start, given, 0 if transposed else rows.start) - start
+        return found.T.contiguous() if transposed else found
+
+    return change
+
+
+def depends(changes: Sequence[Change]) -> bool:
+    """Does any depend on the weight that it changes?"""
+    return any(
+        change.family.sets or (not change.of_bias and (change.family.delta is None or "dora_scale" in change.parts))
+        for change in changes
+    )
+
+
 def _padded(weight: Tensor, shape: Sequence[int]) -> Tensor:
     """The weight with zeros for the inputs that the shape has more; its rows may be a band's."""
     import torch

@@ -113,7 +113,8 @@ def convert_to_lora(
         rule, conv_rule = (None, None) if wish.rank is None else rules_for(wish.rank, wish.conv_rank)
         sources = (opened,) if base is None else (opened, base.opened)
         said: dict[str, Any] = {"to": TO_LORA, "seed": wish.seed}
-        said |= {k: str(v) for k, v in (("rank", wish.rank), ("conv_rank", wish.conv_rank)) if v is not None}
+        asked = (("rank", wish.rank), ("conv_rank", wish.conv_rank), ("architecture", words.architecture))
+        said |= {k: str(v) for k, v in asked if v is not None}
         target = named(output, stem(opened), "-lora")
         target = target.with_suffix("") if output is None and own.is_folder else target
         work = Cutting(

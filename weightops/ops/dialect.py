@@ -77,7 +77,9 @@ def plan_dialect(
     account = _account(state)
     metadata, headers = metadata_of(state, units)
     files, extras = folder_of(state, units)
-    recipe = {"command": "convert", "version": __version__, "to": to, "alpha": alpha, "dtype": dtype}
+    recipe: dict[str, Any] = {"command": "convert", "version": __version__, "to": to, "alpha": alpha, "dtype": dtype}
+    recipe |= {"drop": list(drop)} if drop else {}
+    recipe |= {"architecture": architecture} if architecture is not None else {}
     keep = kept_metadata(opened, less=frozenset({HEADER, "ss_network_dim", "ss_network_alpha"}))
     hashes = {k: f for k, f in (("sshs_model_hash", "{}"), ("modelspec.hash_sha256", "0x{}")) if k in opened.metadata}
     plan = Plan(

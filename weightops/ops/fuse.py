@@ -15,6 +15,7 @@ from weightops.engine.run import Outcome, Progress, ignore, import_torch_ahead
 from weightops.errors import Interrupted, UsageError, WeightopsError, quote
 from weightops.files.checkpoint import open_checkpoint
 from weightops.merging.rounding import ROUNDINGS
+from weightops.naming.blocks import parse_blocks
 from weightops.ops.embeddings import plan_embeddings
 from weightops.ops.folders import into_folder
 from weightops.ops.fuse_plan import BESIDE, Wish, plan_fuse
@@ -36,6 +37,7 @@ def fuse(
     *loras: str | os.PathLike[str] | tuple[str | os.PathLike[str], float],
     output: str | os.PathLike[str] | None = None,
     text_encoder: float | None = None,
+    blocks: str | None = None,
     undo: str | os.PathLike[str] | None = None,
     embeddings: str | os.PathLike[str] | None = None,
     dtype: str = "keep",
@@ -54,20 +56,23 @@ def fuse(
 ) -> Report:
     """Write `checkpoint` with LoRAs in it to the file `output` (None: a name built from theirs).
 
-    loras: files, or "file:0.8", or (file, 0.8): a strength of s adds s·ΔW, whatever the family, rank and alpha; where
-    a family is no addition (DoRA, OFT, …) it is W + s·(W' − W), W' always from the original W. text_encoder: the
-    strength of all LoRAs in text encoders, in place of their own. undo: a second file to write, from which and the
-    output `unfuse` makes `checkpoint` again, byte for byte. embeddings: a new folder for the textual-inversion
-    embeddings that the LoRAs carry along, which no weight can hold. dtype: keep, or what floating tensors become.
-    rounding: nearest, or stochastic, drawn from `seed`. strict: refuse where a key of a LoRA is not used. lokr_rank:
-    divide the alpha of LoKr modules of two whole factors by it, as some trainers mean it (None: they are as strong as
-    they stand, as LyCORIS, ComfyUI and diffusers have it; what PEFT's adapter_config.json says is followed). memory:
-    bytes in flight (None: 128 MiB, and up to 512 MiB for a matrix that is needed whole). Raises WeightopsError.
+    loras: files, or "file:0.8", or (file, 0.8): a strength of s adds s·ΔW, whatever the family, rank and alpha; where a
+    family is no addition (DoRA, OFT, …) it is W + s·(W' − W), W' always from the original W. text_encoder: the strength
+    of all LoRAs in text encoders, in place of their own. blocks: factors of the strengths, by blocks and layers
+    ("OUT=0.5, attn.q=0"; see weightops.naming.blocks), 1 where it says nothing. undo: a second file to write, from
+    which and the output `unfuse` makes `checkpoint` again, byte for byte. embeddings: a new folder for the
+    textual-inversion embeddings that the LoRAs carry along, which no weight can hold. dtype: keep, or what floating
+    tensors become. rounding: nearest, or stochastic, drawn from `seed`. strict: refuse where a key of a LoRA is not
+    used. lokr_rank: divide the alpha of LoKr modules of two whole factors by it, as some trainers mean it (None: they
+    are as strong as they stand, as LyCORIS, ComfyUI and diffusers have it; what PEFT's adapter_config.json says is
+    followed). memory: bytes in flight (None: 128 MiB, and up to 512 MiB for a matrix that is needed whole). Raises
+    WeightopsError.
 
     The report's `details["modules"]` says for each module how much of what was meant the rounding left (`survived`),
     and how far the result is off, relative to it (`residual`).
     """
     asked = _asked(loras, text_encoder, dtype, rounding, lokr_rank)
+    weights = None if blocks is None else parse_blocks(blocks)
     with contextlib.ExitStack() as stack:
         if not dry_run:
             import_torch_ahead()
@@ -76,13 +81,15 @@ def fuse(
         said: dict[str, Any] = {"strengths": [s for _, s in asked], "text_encoder": text_encoder, "rounding": rounding}
         said |= {"seed": seed} if rounding == "stochastic" else {}
         said |= {} if lokr_rank is None else {"lokr_rank": lokr_rank}
+        said |= {} if blocks is None else {"blocks": blocks}
         strengths = _Strengths([s for _, s in asked], text_encoder)
         drawn = seed if rounding == "stochastic" else None
-        wish = Wish(strengths, dtype, drawn, strict, allow_nonfinite, lokr_rank, embeddings is not None, said)
+        wish = Wish(strengths, dtype, drawn, strict, allow_nonfinite, lokr_rank, embeddings is not None, weights, said)
         planned, modules = plan_fuse(opened, files, wish)
         if text_encoder is not None and not strengths.of_text:
             planned.warnings.append("--text-encoder changes nothing: no LoRA here is known to change a text encoder")
         planned.summary = _in_words(stem(opened), [(stem(f), s) for f, (_, s) in zip(files, asked, strict=True)])
+        planned.summary += "" if blocks is None else f", blocks {quote(blocks, 60)}"
         stems = [stem(f)[:60] + ("" if s == 1 else f"-{s:g}") for f, (_, s) in zip(files, asked, strict=True)]
         target = named(output, "+".join([stem(opened)[:60], *stems]))
         planned.plan, target = into_folder(opened, planned.plan, target, asked=output is not None)

@@ -16,6 +16,7 @@ from weightops.lora.pieces import Piece, Window, sources, take_apart
 from weightops.naming.identify import Identity, identify
 from weightops.naming.keymap import Rule, Table, swaps
 from weightops.naming.slots import Place, place
+from weightops.ops.blocks import networks_of
 from weightops.ops.changes import Change, fused, work_nbytes
 from weightops.ops.extract_pair import own_beginning
 from weightops.ops.fp8 import METADATA, Band, check_dtype, dequantising, is_mark, requantising, scales_of
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from weightops.files.checkpoint import Checkpoint
     from weightops.lora.pieces import Bands
+    from weightops.naming.blocks import Blocks
 
 Name = tuple[str, str]
 Shape = tuple[int, ...]
@@ -42,7 +44,7 @@ class Wish:
     """What was asked of a fuse. strength: of a LoRA (its number) in a component and canonical module.
 
     lokr_rank: by which alpha is divided where a LoKr has two whole factors; None: these are as strong as they stand.
-    embeddings: those that LoRAs carry along are copied elsewhere.
+    embeddings: those that LoRAs carry along are copied elsewhere. blocks: factors of the strengths.
     """
 
     strength: Callable[[int, str, str], float]
@@ -52,6 +54,7 @@ class Wish:
     allow_nonfinite: bool = False
     lokr_rank: int | None = None
     embeddings: bool = False
+    blocks: Blocks | None = None
     said: dict[str, Any] = field(default_factory=dict)
 
 
@@ -80,6 +83,7 @@ class _State:
     scales: dict[str, str]
     places: dict[Name, Place] = field(default_factory=dict)
     own: Table | None = None
+    factors: dict[Name, float] = field(default_factory=dict)
     jobs: dict[Name, list[Job]] = field(default_factory=dict)
     account: Account = field(default_factory=Account)
     outputs: dict[str, TensorSpec] = field(default_factory=dict)
@@ -107,6 +111,8 @@ def plan_fuse(opened: Checkpoint, loras: Sequence[Checkpoint], wish: Wish) -> tu
         check_dtype(opened, wish.dtype)
     state = _State(opened, identity, loras, wish, scales)
     _place(state)
+    names = networks_of(identity, state.places)
+    state.factors = {} if wish.blocks is None else wish.blocks.values(names)
     for number, lora in enumerate(loras):
         _take(state, number, lora)
     if wish.lokr_rank is not None and not state.whole_lokrs:
@@ -121,6 +127,8 @@ def plan_fuse(opened: Checkpoint, loras: Sequence[Checkpoint], wish: Wish) -> tu
             f"changes nothing of {opened.label}: the result would be a copy",
             "; ".join(reasons[:3]) or None,
         )
+    if wish.blocks is not None:
+        wish.blocks.check_used(names, state.jobs, "the LoRAs")
     _write(state)
     state.account.unused.extend(Unused(path, opened.label, why, asked=True) for path, why in opened.left_out)
     if wish.strict:
@@ -133,6 +141,49 @@ def plan_fuse(opened: Checkpoint, loras: Sequence[Checkpoint], wish: Wish) -> tu
     )  # fmt: skip
     words = f"{stem(opened)} + " + " + ".join(stem(lora) for lora in loras)
     return Planned(plan, state.account, words, _groups(state), [*state.partly, *state.warnings]), state.modules
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What LoRAs change of a checkpoint, for who computes with it otherwise than `fuse` does."""
+
+    _state: _State
+
+    @property
+    def account(self) -> Account:
+        return self._state.account
+
+    @property
+    def warnings(self) -> list[str]:
+        return [*self._state.partly, *self._state.warnings]
+
+    def of(self, number: int, name: Name) -> tuple[tuple[Input, ...], tuple[Change, ...], bool] | None:
+        """What LoRA number `number` does to a tensor: inputs, of sources numbered as the LoRAs are; the changes, at
+        strength 1; and are all rows needed at once? None: nothing. Raises MismatchError for what only `fuse` can do.
+        """
+        state = self._state
+        jobs = [job for job in state.jobs.get(name, []) if job.lora == number]
+        if not jobs:
+            return None
+        at = state.places[name]
+        if any(job.frame or math.prod(job.shape) != at.spec.values for job in jobs):
+            what = f"{quote(jobs[0].piece.adapter)} changes more than one tensor, or its shape, at a stroke"
+            raise MismatchError(state.loras[number].label, what, "fuse it into a checkpoint first, and merge that")
+        inputs, changes, whole = _changes(state, jobs, at)
+        return tuple(replace(entry, source=entry.source - 1) for entry in inputs), changes, whole
+
+
+def changes_of(opened: Checkpoint, identity: Identity, loras: Sequence[Checkpoint]) -> Changes:
+    """What these LoRAs change of `opened`, from headers, alphas and settings alone. Raises WeightopsError."""
+    state = _State(opened, identity, loras, Wish(lambda _number, _component, _module: 1.0), {})
+    _place(state)
+    for number, lora in enumerate(loras):
+        before = len(state.account.used)
+        _take(state, number, lora)
+        if len(state.account.used) == before:
+            reasons = list(dict.fromkeys(u.reason for u in state.account.unused if u.source == lora.label))
+            raise MismatchError(lora.label, f"changes nothing of {opened.label}", "; ".join(reasons[:3]) or None)
+    return Changes(state)
 
 
 def _refuse_surprises(state: _State) -> None:
@@ -343,7 +394,7 @@ def _job(
     state: _State, number: int, lora: Checkpoint, piece: Piece, told: Told, names: Sequence[str]
 ) -> dict[str, str]:  # fmt: skip
     """Put the piece to the tensors that it changes; the leaves that are not there, with the reasons."""
-    strength = state.wish.strength(number, piece.component, piece.name)
+    of_module = state.wish.strength(number, piece.component, piece.name)
     reasons: dict[str, str] = {}
     for leaf, does in (("weight", piece.family.changes_weight), ("bias", piece.family.changes_bias)):
         if not does(piece.parts):
@@ -376,6 +427,7 @@ def _job(
         if other is not None:
             what = f"{quote(other.adapter)} and {quote(piece.adapter)} both change {piece.name}"
             raise MismatchError(lora.label, what, "one of them would be added twice; take one of them out")
+        strength = of_module * state.factors.get(name, 1.0)
         jobs.append(Job(number, piece, told, strength, leaf == "bias", shape, frame))
     return reasons
 
@@ -458,15 +510,16 @@ def _requantise(state: _State, places: Sequence[tuple[Name, Place]], scale: Slot
     bands = []
     for name, at in places:
         slot = _widened(state, name, at.slot) if name in state.jobs else at.slot
-        bands.append(Band(at.slot, slot, *_changes(state, name, at)))
+        bands.append(Band(at.slot, slot, *_changes(state, state.jobs.get(name, []), at)))
     changed = [".".join(filter(None, name)) for name, _ in places if name in state.jobs]
     other = BESIDE.get(places[0][1].spec.dtype)
     state.tasks.append(requantising(", ".join(changed), bands, scale, seed=state.wish.seed, other=other))
 
 
-def _changes(state: _State, name: Name, at: Place) -> tuple[tuple[Input, ...], tuple[Change, ...], bool]:
+def _changes(
+    state: _State, jobs: Sequence[Job], at: Place
+) -> tuple[tuple[Input, ...], tuple[Change, ...], bool]:  # fmt: skip
     """What the jobs do to a tensor: their inputs, the changes, and whether its rows depend on each other."""
-    jobs = state.jobs.get(name, [])
     spec = at.spec
     whole = at.transposed or any(_needs_all(job.piece, spec.shape) for job in jobs if not job.of_bias)
     inputs = []
@@ -495,7 +548,7 @@ def _changes(state: _State, name: Name, at: Place) -> tuple[tuple[Input, ...], t
 
 
 def _task(state: _State, name: Name, at: Place, slot: Slot) -> Task:
-    parts, changes, whole = _changes(state, name, at)
+    parts, changes, whole = _changes(state, state.jobs[name], at)
     scale = state.scale(at.slot.key)
     inputs = [Input(0, at.slot), *([] if scale is None else [Input(0, scale, shared=True)]), *parts]
     label = ".".join(filter(None, name))

@@ -15,6 +15,7 @@ from weightops.errors import FormatError, UsageError, quote
 from weightops.files.checkpoint import Checkpoint, open_checkpoint
 from weightops.files.dtypes import ARITHMETIC
 from weightops.files.tensor import Slot, TensorSpec
+from weightops.lineage import recipe_of
 from weightops.lora.adapters import AdapterFile, Problem, read_adapters, strengths
 from weightops.naming.identify import Identity, identify
 from weightops.plan import Block, Input, Plan, Task
@@ -46,7 +47,10 @@ class Stats:
 
 @dataclass(slots=True)
 class Inspection:
-    """What a file is; `tensors` are those that were asked for, `hashes` are of each of its files."""
+    """What a file is; `tensors` are those that were asked for, `hashes` are of each of its files.
+
+    lineage: the recipe by which it was made, and within it those of its inputs, where there is one to be believed.
+    """
 
     path: str
     kind: str
@@ -62,6 +66,7 @@ class Inspection:
     components: dict[str, dict[str, Any]]
     metadata: dict[str, str]
     left_out: list[tuple[str, str]]
+    lineage: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
     strangers: tuple[str, ...] = ()
     tensors: dict[str, TensorSpec] | None = None
@@ -86,6 +91,8 @@ class Inspection:
             "metadata": self.metadata,
             "left_out": [{"key": key, "reason": reason} for key, reason in self.left_out],
         }
+        if self.lineage is not None:
+            found["lineage"] = self.lineage
         if self.strangers:
             found["strangers"] = list(self.strangers)
         if self.lora is not None:
@@ -152,6 +159,7 @@ def inspect(
             components=_components(opened, identity),
             metadata=dict(sorted(opened.metadata.items())),
             left_out=opened.left_out,
+            lineage=recipe_of(opened.metadata),
             lora=_lora(opened, adapters) if adapters is not None else None,
             strangers=identity.strangers,
             tensors=chosen,

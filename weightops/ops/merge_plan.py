@@ -3,85 +3,90 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from weightops import __version__
 from weightops.errors import MismatchError, UsageError, listing, quote
 from weightops.files.dtypes import ARITHMETIC, DTYPE_WORDS
 from weightops.files.tensor import Slot, TensorSpec
+from weightops.merging.recipe import Lora, Model, Recipe, Varied, leaves, merges
+from weightops.naming.blocks import parse_blocks
 from weightops.naming.identify import (
-    MARKER_METADATA,
-    MARKERS,
     body_of,
     family_of,
     identify,
-    quantised,
 )
 from weightops.ops.align import Alignment, Spot, same_cut
-from weightops.ops.produce import Planned, cast, kept_metadata, stem
+from weightops.ops.fuse_plan import changes_of
+from weightops.ops.merge_checks import check_models, differing_markers
+from weightops.ops.merge_tasks import Compiler, Piece
+from weightops.ops.merge_words import in_words, said
+from weightops.ops.produce import Planned, cast, kept_metadata
 from weightops.ops.report import Account, Unused, tensors
-from weightops.plan import Block, Compute, Grain, Input, Plan, Task
+from weightops.plan import Grain, Input, Plan, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
     from weightops.files.checkpoint import Checkpoint
-    from weightops.merging.method import MergeMethod
+    from weightops.naming.slots import Place
+    from weightops.ops.align import Name
+    from weightops.plan import Block
 
 
 # How the first model was merged, in other tools' words: of the result it would be untrue.
 ANCESTRY = frozenset({"sd_merge_recipe", "sd_merge_models", "modelspec.merged_from"})
 
+# Of a model's rows and columns: in which order they are to be taken.
+Orders = Mapping[Model, Mapping["Name", tuple[tuple[int, Any], ...]]]
+
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What the user asked of a merge, checked; see `merge` for the meaning of each."""
+class Wish:
+    """What is asked of a merge beside its recipe, and what passes before this one found: see `Compiler`."""
 
-    method: MergeMethod
-    parameters: Mapping[str, Any]
-    weights: tuple[float, ...] | None
-    vae: str = "1"
-    text_encoder: str = "merge"
-    dtype: str = "keep"
-    drop: tuple[str, ...] = ()
-    on_mismatch: str = "error"
     strict: bool = False
     allow_nonfinite: bool = False
-
-
-def in_words(settings: Settings, opened: Sequence[Checkpoint]) -> str:
-    """The formula with the files' own names: people read alpha both ways."""
-    names = [stem(c) for c in opened]
-    if len(set(names)) < len(names):  # x/model and y/model
-        names = [c.label for c in opened]
-    if settings.weights is None:
-        return f"{settings.method.name}({', '.join(names)})"
-    if settings.method.name == "add_difference":
-        base, others, weights = names[0], names[1:], settings.weights
-        start = base
-        if len(others) > 1 and weights[0] == 1:  # a + α(b − c), as everyone writes it
-            start, others, weights = others[0], others[1:], weights[1:]
-        return start + "".join(
-            f" {'+' if w >= 0 else '−'} {abs(w):.6g} × ({n} − {base})" for n, w in zip(others, weights, strict=True)
-        )
-    signs = [("" if w >= 0 else "−") if i == 0 else ("+ " if w >= 0 else "− ") for i, w in enumerate(settings.weights)]
-    terms = [f"{s}{abs(w):.6g} × {n}" for s, w, n in zip(signs, settings.weights, names, strict=True)]
-    return " ".join(terms)
+    orders: Orders = field(default_factory=dict)
+    known: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------------------------ the plan
 
 
-def plan_merge(opened: Sequence[Checkpoint], settings: Settings, *, vae_file: Checkpoint | None = None) -> Planned:
-    """The plan of a merge of `opened` (the base first, where the method needs one), from headers alone."""
-    return _Planner(opened, settings, vae_file).plan()
+@dataclass(slots=True)
+class MergePlan:
+    """What was planned, and what plans of earlier passes need: the pieces, by label, and how they are compiled."""
+
+    planned: Planned
+    pieces: list[Piece]
+    compiler: Compiler
 
 
-# What the markers in metadata say of an ordinary model, which the others do not say at all.
-_ORDINARY = frozenset({"", "none", "false", "epsilon"})
+def plan_merge(recipe: Recipe, opened: Mapping[str, Checkpoint], wish: Wish) -> MergePlan:
+    """The plan of a recipe over these files, by what they are called in it, from headers alone."""
+    return _Planner(recipe, opened, wish).plan()
+
+
+def averaged(opened: Checkpoint) -> Checkpoint:
+    """The checkpoint with the averages that training kept (model_ema.*) in place of the weights.
+
+    Source: CompVis' latent-diffusion, whose LitEma names an average as its weight, less the dots.
+    """
+    found = {}
+    for key, info in opened.tensors.items():
+        at = "model_ema." + key.removeprefix("model.").replace(".", "")
+        if key.startswith("model.diffusion_model.") and at in opened.tensors:
+            found[key] = opened.tensors[at]
+        elif not key.startswith("model_ema."):
+            found[key] = info
+    if found.keys() == opened.tensors.keys():
+        raise MismatchError(opened.label, "holds no averaged weights (model_ema.*)", "merge it without --ema")
+    return replace(opened, tensors=found)
+
 
 _WORDS = {"vae": "VAE", "text_encoder": "text encoder"}
 
@@ -106,15 +111,31 @@ def option_of(family: str) -> str:
 class _Planner:
     """The state of planning one merge: what becomes of each key of each model."""
 
-    def __init__(self, opened: Sequence[Checkpoint], settings: Settings, vae_file: Checkpoint | None) -> None:
-        self.opened = list(opened)
-        self.settings = settings
-        self.vae_file = vae_file
-        self.models = self.opened[1:] if settings.method.needs_base else self.opened
-        self.first = self.models[0]
+    def __init__(self, recipe: Recipe, opened: Mapping[str, Checkpoint], wish: Wish) -> None:
+        in_tree = [leaf for leaf in leaves(recipe.root) if isinstance(leaf, Model)]
+        if Model(recipe.vae) in in_tree:  # a model of the tree: not read as another file
+            recipe = replace(recipe, numbered=(*recipe.numbered, Model(recipe.vae)), vae=f"{len(recipe.numbered) + 1}")
+        self.recipe = recipe
+        self.wish = wish
+        self.files = opened
+        self.leaves: list[Model] = list(dict.fromkeys([*in_tree, recipe.like]))
+        self.opened = [averaged(opened[m.file]) if m.ema else opened[m.file] for m in self.leaves]
+        self.numbered = [self.opened[self.leaves.index(m)] for m in recipe.numbered]
+        self.first = self.opened[self.leaves.index(recipe.like)]
+        self.vae_file = None if _is_number(recipe.vae) else opened[recipe.vae]
+        self.loras = list(dict.fromkeys(leaf for leaf in leaves(recipe.root) if isinstance(leaf, Lora)))
+        statistics = [file for node in merges(recipe.root) for file in node.statistics]
+        self.statistics = list(dict.fromkeys(statistics))
+        self.sources: list[Checkpoint] = [
+            *self.opened,
+            *([self.vae_file] if self.vae_file is not None else []),
+            *(opened[lora.file] for lora in self.loras),
+            *(opened[file] for file in self.statistics),
+        ]
         self.identities = [identify(c.tensors) for c in self.opened]
         self.components = [i.components for i in self.identities]
-        self.alignment = Alignment(self.first, self.identities[self.opened.index(self.first)])
+        self.identity = self.identities[self.opened.index(self.first)]
+        self.alignment = Alignment(self.first, self.identity)
         for number, (model, identity) in enumerate(zip(self.opened, self.identities, strict=True)):
             self.alignment.add(number, model, identity)
         self.first_components = self.components[self.opened.index(self.first)]
@@ -123,40 +144,84 @@ class _Planner:
         self.outputs: dict[str, TensorSpec] = {}
         self.copies: list[Task] = []
         self.merges: list[Task] = []
+        self.pieces: list[Piece] = []
         self.counts: dict[str, dict[str, int]] = {}
-        self.compute = _compute(settings)
         self.kept: set[str] = set()
         self.gone: set[tuple[int, str]] = set()  # of `account.unused`, by number of the model: labels may repeat
         # A file that is only a VAE, or only a text encoder, is simply merged.
         alone = len(set(self.first_components.values()) - _TRAINING) == 1
-        self.chosen = {} if alone else {"vae": settings.vae}
-        if settings.text_encoder != "merge":
-            self.chosen["text_encoder"] = settings.text_encoder
+        self.chosen = {} if alone else {"vae": recipe.vae}
+        if recipe.text_encoder != "merge":
+            self.chosen["text_encoder"] = recipe.text_encoder
+        self._varied: dict[Varied, dict[Name, float]] = {}
+        methods = [node.method for node in merges(recipe.root)]
+        # Where a tensor that packs several is one thing, and where it is several.
+        self.apart = any(m.looks or m.grain is not Grain.VALUES for m in methods) or bool(self.loras)
+        self.apart = self.apart or any(_varies(v) for node in merges(recipe.root) for v in node.parameters.values())
 
-    def plan(self) -> Planned:
-        self._check_models()
-        self._check_architectures()
-        self._check_markers()
+    def plan(self) -> MergePlan:
+        check_models(self.opened, self.identities, self.alignment)
+        for text in differing_markers(self.numbered):
+            if self.wish.strict:
+                raise MismatchError("--strict", text)
+            self.warnings.append(text)
         self._check_chosen()
+        changes = None
+        if self.loras:
+            changes = changes_of(self.first, self.identity, [self.files[lora.file] for lora in self.loras])
+        beside = len(self.opened) + (self.vae_file is not None)
+        self.compiler = Compiler(
+            self.recipe.root, self.recipe.seed, self._setting, changes,
+            {lora: (n, beside + n) for n, lora in enumerate(self.loras)}, self.wish.orders, self.wish.known,
+        )  # fmt: skip
         replaced = self._vae_from_file() if self.vae_file is not None else {}
+        self._vary(replaced)
         for key in sorted(self.first.tensors, key=lambda k: self.first.tensors[k][1:3]):
             self._place(key, replaced)
         self._account_for_the_rest()
+        self._account_for_loras(beside)
         self._check_outcome()
         self._warn()
-        if self.settings.strict:
+        if self.wish.strict:
             self.account.refuse_surprises()
-        sources = (*self.opened, *([self.vae_file] if self.vae_file is not None else []))
         plan = Plan(
-            sources=sources,
+            sources=tuple(self.sources),
             outputs=self.outputs,
             tasks=(*self.copies, *self.merges),  # copies first: they need no torch, which is imported meanwhile
             metadata=kept_metadata(self.first, less=ANCESTRY),
-            recipe=self._recipe(),
-            refuse_nonfinite=not self.settings.allow_nonfinite,
+            recipe=said(self.recipe, self._numbers(), self.leaves),
+            refuse_nonfinite=not self.wish.allow_nonfinite,
         )
         groups = [{"component": name, **count} for name, count in self.counts.items()]
-        return Planned(plan, self.account, in_words(self.settings, self.opened), groups, self.warnings)
+        words = in_words(self.recipe, self.files)
+        return MergePlan(Planned(plan, self.account, words, groups, self.warnings), self.pieces, self.compiler)
+
+    # -------------------------------------------------------------- settings that vary
+
+    def _vary(self, replaced: Mapping[str, Any]) -> None:
+        """The numbers of every setting that varies, for the canonical tensors that are merged."""
+        varied = [v for node in merges(self.recipe.root) for p in node.parameters.values() for v in _varied_in(p)]
+        if not varied:
+            return
+        names: dict[Name, Any] = {}
+        for key, component in self.first_components.items():
+            family = family_of(component)
+            merged = self.chosen.get(family, "merge") == "merge" and family not in self.recipe.drop
+            if not merged or key in replaced or self.first.tensors[key].spec.dtype not in ARITHMETIC:
+                continue
+            match = self.identity.parts[component].match if component in self.identity.parts else None
+            for name in self._names(key):
+                names[name] = None if match is None else match.network
+        for each in varied:
+            self._varied[each] = parse_blocks(each.spec, where=each.where).values(names)
+
+    def _setting(self, varied: Varied, name: Name) -> Any:
+        found = self._varied[varied].get(name)
+        return varied.otherwise if found is None else 1.0 - found if varied.complement else found
+
+    def _names(self, key: str) -> list[Name]:
+        """The canonical tensors that a key of the first model holds; where these are unknown, its own name."""
+        return [name for name, _ in self.alignment.names(key)] or [(self.first_components[key], body_of(key))]
 
     # -------------------------------------------------------------- one key
 
@@ -166,7 +231,7 @@ class _Planner:
         count = self.counts.setdefault(component, {"tensors": 0, "merged": 0, "copied": 0, "dropped": 0})
         count["tensors"] += 1
         family = family_of(component)
-        if family in self.settings.drop:
+        if family in self.recipe.drop:
             count["dropped"] += 1
             self._leave(self.opened.index(self.first), key, f"--drop {family}", asked=True)
             return
@@ -186,12 +251,12 @@ class _Planner:
         return self.alignment.find(self.opened.index(model), model, key)
 
     def _copy(self, key: str, source: Checkpoint, spots: tuple[Spot, ...], count: dict[str, int]) -> None:
-        self._add(key, [(source, spots)], None)
+        self._add(key, source, spots)
         self.account.copied.append(key)
         count["copied"] += 1
 
     def _copy_chosen(self, key: str, number: int, family: str, count: dict[str, int]) -> None:
-        source = self.models[number]
+        source = self.numbered[number]
         spots = self._find(source, key)
         if spots is None:
             raise MismatchError(
@@ -231,13 +296,13 @@ class _Planner:
         found = [(c, self._find(c, key)) for c in self.opened]
         lacking = [c.label for c, spots in found if spots is None]
         if lacking:
-            self._keep(key, f"not in {', '.join(lacking)}", count)
+            self._keep(key, f"not in {', '.join(dict.fromkeys(lacking))}", count)
             return
         parts = [(c, spots) for c, spots in found if spots is not None]
         for other, spots in parts:
             if self._fits(key, spec, spots) and all(s.slot.spec.dtype in ARITHMETIC for s in spots):
                 continue
-            if self.settings.on_mismatch == "keep-first":
+            if self.recipe.on_mismatch == "keep-first":
                 self._keep(key, self._differs(other, spots, spec), count)
                 return
             raise MismatchError(
@@ -245,32 +310,71 @@ class _Planner:
                 f"tensor {quote(spots[0].slot.key)} is {spots[0].slot.spec}, but {spec} in {self.first.label}",
                 "--on-mismatch keep-first takes such tensors from the first model",
             )
-        self._add(key, parts, self.compute)
-        self.account.used.append(key)
-        count["merged"] += 1
+        before = len(self.merges)
+        self._add_merged(key, spec, parts)
+        merged = len(self.merges) > before
+        (self.account.used if merged else self.account.copied).append(key)
+        count["merged" if merged else "copied"] += 1
+
+    def _add_merged(self, key: str, spec: TensorSpec, parts: list[tuple[Checkpoint, tuple[Spot, ...]]]) -> None:
+        """The tasks that fill the output tensor `key` by the recipe: of it as a whole, or of each of its bands."""
+        names = self.alignment.names(key)
+        simple = all(self._is_whole(key, spec, source, spots) for source, spots in parts)
+        dtype = self._dtype(spec.dtype)
+        self.outputs[key] = TensorSpec(dtype, spec.shape)
+        if simple and not (self.apart and len(names) > 1):
+            place = names[0][1] if len(names) == 1 else None
+            own = [(c, spots[0]) for c, spots in parts]
+            self._add_piece(key, self._names(key)[0], Slot(key, self.outputs[key]), own, place)
+            return
+        pieces = self.alignment.pieces(key)
+        cut = [(c, same_cut(spots, pieces)) for c, spots in parts]
+        for number, ((name, place), piece) in enumerate(zip(names, pieces, strict=True)):
+            slot = Slot(key, TensorSpec(dtype, piece.spec.shape), piece.bands)
+            self._add_piece(f"{key} ({name[1]})" if len(names) > 1 else key, name, slot,
+                            [(c, spots[number]) for c, spots in cut], place)  # fmt: skip
+
+    def _add_piece(
+        self, label: str, name: Name, slot: Slot, spots: list[tuple[Checkpoint, Spot]], place: Place | None
+    ) -> None:
+        found = {leaf: (n, spot) for n, (leaf, (_, spot)) in enumerate(zip(self.leaves, spots, strict=True))}
+        beside = len(self.sources) - len(self.statistics)
+        statistics = {file: self._statistics(file, beside + n, slot) for n, file in enumerate(self.statistics)}
+        piece = Piece(label, name, slot, found, place, statistics)
+        model = self.compiler.alone(piece)
+        if model is not None:
+            source, spot = found[model]
+            self._add_task(slot.key, [(self.opened[source], spot)], slot)
+            return
+        self.pieces.append(piece)
+        self.merges.extend(self.compiler.tasks(piece))
+
+    def _statistics(self, file: str, source: int, slot: Slot) -> tuple[int, Slot] | None:
+        """Where a file of statistics has those of a tensor: under the first model's key, of all of it."""
+        held = self.files[file].tensors.get(slot.key)
+        return None if held is None or slot.bands is not None else (source, Slot(slot.key, held.spec))
+
+    def _dtype(self, dtype: str) -> str:
+        return DTYPE_WORDS[self.recipe.dtype] if self.recipe.dtype != "keep" and dtype in ARITHMETIC else dtype
 
     def _keep(self, key: str, reason: str, count: dict[str, int]) -> None:
-        self._add(key, [(self.first, self._whole(key))], None)
+        self._add(key, self.first, self._whole(key))
         self.account.kept.append((key, reason))
         self.kept.add(key)
         count["copied"] += 1
 
-    def _add(self, key: str, parts: list[tuple[Checkpoint, tuple[Spot, ...]]], compute: Compute | None) -> None:
-        """The tasks that fill the output tensor `key` from these tensors: one, or one for each band."""
+    def _add(self, key: str, source: Checkpoint, spots: tuple[Spot, ...]) -> None:
+        """The tasks that copy these into the output tensor `key`: one, or one for each band."""
         first = self.first.tensors[key].spec
-        dtype = parts[0][1][0].slot.spec.dtype if compute is None else first.dtype
-        if self.settings.dtype != "keep" and dtype in ARITHMETIC:
-            dtype = DTYPE_WORDS[self.settings.dtype]
-        simple = all(self._is_whole(key, first, source, spots) for source, spots in parts)
-        self.outputs[key] = TensorSpec(dtype, parts[0][1][0].shape if simple else first.shape)
+        simple = self._is_whole(key, first, source, spots)
+        dtype = self._dtype(spots[0].slot.spec.dtype)
+        self.outputs[key] = TensorSpec(dtype, spots[0].shape if simple else first.shape)
         if simple:
-            self._add_task(key, [(c, spots[0]) for c, spots in parts], Slot(key, self.outputs[key]), compute)
+            self._add_task(key, [(source, spots[0])], Slot(key, self.outputs[key]))
             return
         pieces = self.alignment.pieces(key)
-        cut = [(c, same_cut(spots, pieces)) for c, spots in parts]
-        for number, piece in enumerate(pieces):
-            slot = Slot(key, TensorSpec(dtype, piece.spec.shape), piece.bands)
-            self._add_task(key, [(c, spots[number]) for c, spots in cut], slot, compute)
+        for piece, spot in zip(pieces, same_cut(spots, pieces), strict=True):
+            self._add_task(key, [(source, spot)], Slot(key, TensorSpec(dtype, piece.spec.shape), piece.bands))
 
     def _is_whole(self, key: str, first: TensorSpec, source: Checkpoint, spots: tuple[Spot, ...]) -> bool:
         """Is it one tensor, all of it, as it stands?"""
@@ -281,28 +385,19 @@ class _Planner:
             return False
         return spot.slot.bands is None and source.tensors[spot.slot.key].spec.shape == first.shape
 
-    def _add_task(self, key: str, parts: list[tuple[Checkpoint, Spot]], slot: Slot, compute: Compute | None) -> None:
-        if compute is None and (slot.spec.dtype != parts[0][1].slot.spec.dtype or parts[0][1].transposed):
-            compute = cast
-        sources = [*self.opened, *([self.vae_file] if self.vae_file is not None else [])]
-        elementwise = compute is not None and self.settings.method.grain is Grain.ROWS
-        grain = Grain.ROWS if compute in (None, cast) else self.settings.method.grain
-        whole = slot.bands is None and all(s.slot.bands is None and not s.transposed for _, s in parts)
-        turned = [n for n, (_, s) in enumerate(parts) if s.transposed]
-        inputs = tuple(
-            Input(
-                next(i for i, s in enumerate(sources) if s is source),
-                Slot(s.slot.key, s.slot.spec.flat()) if elementwise and whole else s.slot,
-            )
-            for source, s in parts
-        )
-        if turned and compute is not None:
-            compute, grain = _turning(compute, turned), Grain.TENSOR
-        flat = elementwise and whole
-        work = 0 if compute is None else self.settings.method.work_nbytes(len(parts), slot.spec.values, flat=flat)
-        out = Slot(key, slot.spec.flat()) if flat else slot
-        task = Task(key, inputs, (out,), compute, grain, work_nbytes=work)
-        (self.copies if compute is None else self.merges).append(task)
+    def _add_task(self, key: str, parts: list[tuple[Checkpoint, Spot]], slot: Slot) -> None:
+        """A copy, in another dtype where it must be."""
+        ((source, spot),) = parts
+        given = Input(next(n for n, s in enumerate(self.sources) if s is source), spot.slot)
+        if spot.transposed:
+            work = 2 * 8 * slot.spec.values
+            self.copies.append(Task(key, (given,), (slot,), _cast_turned, Grain.TENSOR, work))
+        elif slot.spec.dtype == spot.slot.spec.dtype:
+            self.copies.append(Task(key, (given,), (slot,)))
+        else:
+            whole = slot.bands is None and spot.slot.bands is None
+            inputs = Input(given.source, Slot(spot.slot.key, spot.slot.spec.flat())) if whole else given
+            self.copies.append(Task(key, (inputs,), (Slot(key, slot.spec.flat()) if whole else slot,), cast))
 
     def _leave(self, number: int, key: str, reason: str, *, asked: bool) -> None:
         """Key of model number `number` (of `opened`) is not used, and why."""
@@ -310,32 +405,6 @@ class _Planner:
         self.account.unused.append(Unused(key, self.opened[number].label, reason, asked))
 
     # -------------------------------------------------------------- the models as wholes
-
-    def _check_models(self) -> None:
-        """Refuse what is no plain weights: their numbers can be averaged, but the average means nothing."""
-        for model, identity in zip(self.opened, self.identities, strict=True):
-            if not model.tensors:
-                raise MismatchError(model.label, "holds no tensors: nothing to merge")
-            if identity.kind == "lora":
-                raise MismatchError(
-                    model.label,
-                    "is a LoRA: a sum of factors is not the sum of what they do, and merge takes checkpoints",
-                )
-            key = quantised(model.tensors)
-            if key is not None:
-                raise MismatchError(
-                    model.label,
-                    f"is quantised: {quote(key)} scales weights that mean nothing without it",
-                    "merge the fp16, bf16 or fp32 release instead",
-                )
-        for other in self.opened:
-            alike = self.alignment.counterparts(self.opened.index(other))
-            if other.tensors.keys().isdisjoint(self.first.tensors) and not alike:
-                raise MismatchError(
-                    other.label,
-                    f"has no tensor name in common with {self.first.label}: nothing to merge",
-                    "these seem to be different architectures, or different spellings of one",
-                )
 
     def _check_chosen(self) -> None:
         """A component that another model is to give must have its place in the first."""
@@ -350,50 +419,16 @@ class _Planner:
         """Refuse a merge that is none."""
         if not self.outputs:
             raise UsageError("--drop", f"leaves nothing of {self.first.label} to write")
-        given = {i.source for t in (*self.copies, *self.merges) for i in t.inputs} & set(range(len(self.opened)))
-        if given - {self.opened.index(self.first)}:
+        given = {i.source for t in (*self.copies, *self.merges) for i in t.inputs}
+        if given - {self.opened.index(self.first)} or any(leaf.ema for leaf in self.leaves) or len(self.sources) == 1:
             return
-        other = self.models[-1] if len(self.models) > 1 else self.opened[0]
+        other = next((c for c in reversed(self.opened) if c is not self.first), self.first)
         reasons = sorted({u.reason for u in self.account.unused if u.source == other.label})
         raise MismatchError(
             other.label,
             f"nothing of it can be merged into {self.first.label}: the result would be a copy",
             "; ".join(reasons[:3]) or None,
         )
-
-    def _check_architectures(self) -> None:
-        known = {
-            c.label: i.architecture
-            for c, i in zip(self.opened, self.identities, strict=True)
-            if i.architecture is not None
-        }
-        if len(set(known.values())) > 1:
-            found = ", ".join(f"{label} is {a}" for label, a in known.items())
-            labels = iter(known)
-            first = known[next(labels)]
-            other = next(label for label in labels if known[label] != first)
-            raise MismatchError(other, f"different architectures cannot be merged: {found}")
-
-    def _check_markers(self) -> None:
-        """v-prediction and zero-terminal-SNR markers say how a model must be sampled; a mixture of both is neither."""
-        found = []
-        for model in self.models:
-            tensors = {key for key in MARKERS if key in model.tensors}
-            said = {k: model.metadata.get(k, "").lower() for k in MARKER_METADATA}
-            found.append((tensors, {k: v for k, v in said.items() if v not in _ORDINARY}))
-        for other, marks in zip(self.models[1:], found[1:], strict=True):
-            if marks == found[0]:
-                continue
-            names = sorted(
-                (marks[0] ^ found[0][0]) | {k for k in MARKER_METADATA if marks[1].get(k) != found[0][1].get(k)}
-            )
-            text = (
-                f"{other.label} and {self.first.label} differ in {listing(names)}: one may predict v "
-                "and the other noise, and a mixture samples badly"
-            )
-            if self.settings.strict:
-                raise MismatchError("--strict", text)
-            self.warnings.append(text)
 
     def _vae_from_file(self) -> dict[str, tuple[Spot, ...]]:
         """The first model's VAE keys -> where the --vae file has what takes their place."""
@@ -461,7 +496,7 @@ class _Planner:
     def _why_unused(self, key: str, model: Checkpoint, component: str) -> tuple[str, bool]:
         """The reason, and whether the user's own words or plain sense ask for it."""
         family = family_of(component)
-        if family in self.settings.drop:
+        if family in self.recipe.drop:
             return f"--drop {family}", True
         chosen = self.chosen.get(family, "merge")
         mine = self.alignment.counterparts(self.opened.index(model)).get(key, key)
@@ -499,35 +534,50 @@ class _Planner:
                     f"--drop {component} leaves them out"
                 )
 
-    def _recipe(self) -> dict[str, Any]:
-        s = self.settings
-        recipe: dict[str, Any] = {
-            "command": "merge",
-            "version": __version__,
-            "method": s.method.name,
-            "parameters": dict(s.parameters),
-            "vae": s.vae if self.vae_file is None else "file",  # the last of the inputs
-            "text_encoder": s.text_encoder,
-            "dtype": s.dtype,
-            "drop": list(s.drop),
-            "on_mismatch": s.on_mismatch,
-        }
-        return recipe
+    def _account_for_loras(self, beside: int) -> None:
+        """Keys of LoRAs: used, or why not; what they would change may be kept, or taken from elsewhere, after all."""
+        changes = self.compiler.changes
+        if changes is None:
+            return
+        read = {(i.source, i.slot.key) for t in self.merges for i in t.inputs}
+        self.account.unused.extend(changes.account.unused)
+        self.warnings.extend(changes.warnings)
+        gone = {(u.source, u.key) for u in changes.account.unused}
+        for number, lora in enumerate(self.loras):
+            opened = self.files[lora.file]
+            for key in opened.tensors:
+                if (opened.label, key) in gone or key.endswith(".alpha"):
+                    continue
+                if (beside + number, key) in read:
+                    self.account.used.append(key)
+                else:
+                    reason = "what it would change is not merged, but kept or taken from elsewhere"
+                    self.account.unused.append(Unused(key, opened.label, reason, asked=True))
+
+    def _numbers(self) -> dict[str, int]:
+        """Of all files but the models of the tree, in which place among the inputs each is."""
+        found = {leaf.file: n for n, leaf in enumerate(self.leaves) if leaf == Model(leaf.file)}
+        if self.vae_file is not None:
+            found[self.recipe.vae] = len(self.opened)
+        beside = len(self.opened) + (self.vae_file is not None)
+        others = [lora.file for lora in self.loras] + self.statistics
+        return {**{file: beside + n for n, file in enumerate(others)}, **found}
 
 
-def _turning(compute: Compute, turned: Sequence[int]) -> Compute:
-    """The same, with these inputs transposed first."""
-
-    def compute_turned(inputs: Sequence[Tensor], outputs: Sequence[Tensor], block: Block) -> None:
-        compute([t.T.contiguous() if n in turned else t for n, t in enumerate(inputs)], outputs, block)
-
-    return compute_turned
+def _cast_turned(inputs: Sequence[Tensor], outputs: Sequence[Tensor], block: Block) -> None:
+    """The compute function of a copy of what is stored transposed."""
+    cast([inputs[0].T], outputs, block)
 
 
-def _compute(settings: Settings) -> Compute:
-    method, parameters = settings.method, settings.parameters
+def _is_number(word: str) -> bool:
+    return word == "merge" or word.isdecimal()
 
-    def compute(inputs: Sequence[Tensor], outputs: Sequence[Tensor], block: Block) -> None:
-        method.apply(inputs, outputs[0], parameters)
 
-    return compute
+def _varies(value: Any) -> bool:
+    return bool(_varied_in(value))
+
+
+def _varied_in(value: Any) -> list[Varied]:
+    if isinstance(value, Varied):
+        return [value]
+    return [v for v in value if isinstance(v, Varied)] if isinstance(value, tuple) else []

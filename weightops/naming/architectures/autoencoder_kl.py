@@ -21,6 +21,8 @@ from weightops.naming.keymap import (
     tensor,
     under,
 )
+from weightops.naming.parts import AUTOENCODER_BLOCKS
+from weightops.naming.permutations import Group, inputs, outputs, within
 
 RESNET = (
     *same("norm1", "conv1", "norm2", "conv2"),
@@ -233,6 +235,20 @@ THREE_LEVEL_CONFIG: dict[str, Any] = {
     "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"],
 }
 
+# What lies between a resnet's convolutions, where its second norm has 32 groups, whose channels stay together; and
+# within the one head of the attention.
+RESNET_CHANNELS = (Group("", ((*outputs("conv1", "norm2"), *inputs("conv2")),), blocks=32),)
+ATTENTION_CHANNELS = (Group("", (outputs("to_q", "to_k"), (*outputs("to_v"), *inputs("to_out.0")))),)
+
+PERMUTATIONS = (
+    *within("encoder.down_blocks.{}.resnets.{}", RESNET_CHANNELS),
+    *within("encoder.mid_block.resnets.{}", RESNET_CHANNELS),
+    *within("encoder.mid_block.attentions.{}", ATTENTION_CHANNELS),
+    *within("decoder.mid_block.resnets.{}", RESNET_CHANNELS),
+    *within("decoder.mid_block.attentions.{}", ATTENTION_CHANNELS),
+    *within("decoder.up_blocks.{}.resnets.{}", RESNET_CHANNELS),
+)
+
 # How latents are scaled is in no tensor. These are SD1's and SD2's numbers; the components of SDXL, Flux and SD3 say
 # theirs.
 SCALING: dict[str, Any] = {
@@ -260,7 +276,9 @@ register(
                 lacks=("quant_conv.weight", "post_quant_conv.weight"),
             ),
         ),
+        blocks=AUTOENCODER_BLOCKS,
         config=Config("AutoencoderKL", {**CONFIG, **FOUR_LEVEL_CONFIG, **SCALING}),
+        permutations=PERMUTATIONS,
     ),
     Network(
         name="autoencoder_kl_f4",
@@ -271,6 +289,7 @@ register(
             Spelling("diffusers_old", (*DIFFUSERS_ENDS, *OLD_MIDDLES, *DIFFUSERS_THREE_LEVELS, *QUANT)),
         ),
         variants=(Variant("upscaler_vae", {**THREE_LEVEL_SHAPES, **FOUR_LATENTS}),),
+        blocks=AUTOENCODER_BLOCKS,
         config=Config("AutoencoderKL", {**CONFIG, **THREE_LEVEL_CONFIG, **SCALING, "scaling_factor": 0.08333}),
     ),
     Network(
@@ -288,6 +307,7 @@ register(
                 "bn.running_var": (128,),
             }),
         ),
+        blocks=AUTOENCODER_BLOCKS,
         has=("bn.running_mean", "bn.running_var", "bn.num_batches_tracked"),
         config=Config(
             "AutoencoderKLFlux2",

@@ -6,6 +6,7 @@ Source: FORMATS §3; Wan-Video wan/modules/vae.py and vae2_2.py; diffusers scrip
 from typing import Any
 
 from weightops.naming.keymap import Config, Dim, Has, Network, Spelling, Variant, move, register, same, tensor, under
+from weightops.naming.parts import AUTOENCODER_BLOCKS
 
 RESNET = (
     tensor("residual.0.gamma", "norm1.gamma"),
@@ -112,6 +113,7 @@ register(
                 "decoder.mid_block.resnets.{}.conv2.weight": (384, 384, 3, 3, 3),
             }),
         ),
+        blocks=AUTOENCODER_BLOCKS,
         config=Config(
             "AutoencoderKLWan",
             {
@@ -146,6 +148,7 @@ register(
                 "decoder.mid_block.resnets.{}.conv2.weight": (1024, 1024, 3, 3, 3),
             }),
         ),
+        blocks=AUTOENCODER_BLOCKS,
         config=Config(
             "AutoencoderKLWan",
             {

@@ -1,6 +1,7 @@
 """CLIP text encoders: CLIP-L, OpenCLIP ViT-H and ViT-bigG. Source: FORMATS §4; OpenAI CLIP, open_clip, transformers."""
 
 from weightops.naming.keymap import Config, Count, Dim, Network, Rule, Spelling, Variant, move, register, tensor
+from weightops.naming.permutations import Group, inputs, outputs, within
 
 OPENCLIP = (
     move("token_embedding", "text_model.embeddings.token_embedding"),
@@ -68,6 +69,19 @@ TRANSFORMERS = (
     tensor("logit_scale"),
 )
 
+# Heads of 64, and the hidden channels of the MLP. The channels that layers add up are what a text encoder puts out.
+LAYER_CHANNELS = (
+    Group(
+        "self_attn",
+        (
+            outputs("self_attn.q_proj", "self_attn.k_proj"),
+            (*outputs("self_attn.v_proj"), *inputs("self_attn.out_proj")),
+        ),
+        width=64,
+    ),
+    Group("mlp", ((*outputs("mlp.fc1"), *inputs("mlp.fc2")),)),
+)
+
 
 def _sizes(width: int, inner: int) -> dict[str, tuple[int | None, ...]]:
     return {
@@ -91,6 +105,11 @@ register(
             Variant("clip_l", _sizes(768, 3072), {"text_model.encoder.layers.{}": 12}),
             Variant("clip_h", _sizes(1024, 4096), {"text_model.encoder.layers.{}": 24}),
             Variant("clip_bigg", _sizes(1280, 5120), {"text_model.encoder.layers.{}": 32}),
+        ),
+        blocks=(
+            ("in", ("text_model.embeddings",)),
+            ("{}", ("text_model.encoder.layers.{}",)),
+            ("out", ("text_model.final_layer_norm", "text_projection", "logit_scale")),
         ),
         # CLIP-L's; the components of other text encoders say what is different.
         config=Config(
@@ -117,5 +136,6 @@ register(
             },
             library="transformers",
         ),
+        permutations=within("text_model.encoder.layers.{}", LAYER_CHANNELS),
     ),
 )

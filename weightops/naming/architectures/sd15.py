@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x, inpainting and instruct-pix2pix too. Source: FORMATS §2 to §4; latent-diffusion (LDM)."""
 
+from weightops.naming.channels import SD1_PERMUTATIONS
 from weightops.naming.keymap import Architecture, Component, Config, Network, Pipeline, Spelling, Variant, register
 from weightops.naming.parts import (
     CONVOLUTIONS,
@@ -43,6 +44,7 @@ register(
                 "sample_size": 64,
             },
         ),
+        permutations=SD1_PERMUTATIONS,
     ),
     Architecture(
         name="sd15",

@@ -1,5 +1,6 @@
 """Stable Diffusion XL, base. Source: FORMATS §2 to §4; generative-models (SGM), Stability AI."""
 
+from weightops.naming.channels import SDXL_PERMUTATIONS
 from weightops.naming.keymap import (
     Architecture,
     Component,
@@ -60,7 +61,7 @@ RULES = (
 )
 
 BLOCKS = (
-    ("IN00", ("conv_in", "time_embedding", "add_embedding")),
+    ("IN00", ("conv_in", "time_embedding", "add_embedding", "encoder_hid_proj")),
     ("IN01", ("down_blocks.0.resnets.0",)),
     ("IN02", ("down_blocks.0.resnets.1",)),
     ("IN03", ("down_blocks.0.downsamplers.0",)),
@@ -154,6 +155,7 @@ register(
                 "use_linear_projection": True,
             },
         ),
+        permutations=SDXL_PERMUTATIONS,
     ),
     # Kwai's Kolors is this UNet with a projection before it; named here so that it is not taken for SDXL.
     Network(
@@ -168,6 +170,7 @@ register(
             }),
         ),
         blocks=BLOCKS,
+        permutations=SDXL_PERMUTATIONS,
     ),
     Architecture(
         name="sdxl",

@@ -62,6 +62,12 @@ XXL = {
     "encoder.block.{}.layer.1.DenseReluDense.wo.weight": (4096, 10240),
 }
 
+BLOCKS = (
+    ("in", ("shared", "encoder.embed_tokens")),
+    ("{}", ("encoder.block.{}",)),
+    ("out", ("encoder.final_layer_norm",)),
+)
+
 CONFIG: dict[str, Any] = {
     "classifier_dropout": 0.0,
     "d_ff": Dim("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0),
@@ -101,6 +107,7 @@ register(
                 {"encoder.block.{}": 24},
             ),
         ),
+        blocks=BLOCKS,
         config=Config(
             "T5EncoderModel",
             {**CONFIG, "architectures": ["T5EncoderModel"], "model_type": "t5"},
@@ -122,6 +129,7 @@ register(
                 {"encoder.block.{}": 24},
             ),
         ),
+        blocks=BLOCKS,
         has=(
             "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",
             "encoder.block.2.layer.0.SelfAttention.relative_attention_bias.weight",

@@ -302,11 +302,24 @@ def test_every_command_line_that_is_shown_can_be_said(name: str) -> None:
         assert not arguments, words
 
 
-def test_every_method_is_documented() -> None:
+def method_rows() -> list[str]:
+    """The README's table of merge methods, as signatures and docstrings make it."""
     from weightops.merging.method import METHODS
 
-    for name, _ in METHODS:
-        assert name in readme(), name
+    words = {"Tensor": "", "Delta": " (Δ)", "Either": " (or Δ)"}
+    rows = []
+    for name, method in METHODS:
+        models = ", ".join(f"{m}{words[method.roles[n]]}" for n, m in enumerate(method.models))
+        said = ", ".join(p.name if p.default is None else f"{p.name}={p.default}" for p in method.parameters)
+        summary = " ".join(method.summary.split()).replace("|", "\\|")
+        rows.append(f"| `{name}` | {models.replace('*', '')}{' …' * method.is_open} | {said} | {summary} |")
+    return rows
+
+
+def test_the_table_of_methods_is_that_of_the_registry() -> None:
+    table = [line for line in readme().splitlines() if re.match(r"\| `[a-z_]+` \| .* \| .* \|", line)]
+    missing = [row for row in method_rows() if row not in table]
+    assert missing == []
 
 
 def test_tests_mirror_the_floors() -> None:

@@ -63,7 +63,7 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One piece of work: `compute=None` copies the bytes of the one input to the one output.
+    """One piece of work: `compute=None` copies the bytes of the one input to each output.
 
     No inputs: `compute` makes the outputs from nothing, as with constants. What outputs hold before is chance:
     it fills all of them. `raw`: it is a RawCompute, and torch is not needed.
@@ -112,7 +112,8 @@ class Plan:
     stands in one of these, beside `extras`, files whose bytes are given by path. `data_hashes`: keys of the metadata,
     and the format of each ("0x{}"), for the SHA-256 of all bytes after the header of the file in which they stand.
     `header`: the first bytes of the one file as they are to stand, in place of a header of ours; the tensors follow in
-    the order of `outputs`.
+    the order of `outputs`. `variants`: plans over the same sources, each of which alone would write the next of
+    `files`; their metadata and recipes, with the hashes of what each alone would read, stand in these.
     """
 
     sources: tuple[Checkpoint, ...]
@@ -125,13 +126,23 @@ class Plan:
     extras: Mapping[str, bytes] = field(default_factory=dict)
     data_hashes: Mapping[str, str] = field(default_factory=dict)
     header: bytes = b""
+    variants: tuple[Plan, ...] = ()
 
     def __post_init__(self) -> None:
         if self.extras and not self.files:
             raise ValueError("extras stand in a folder, so they need `files` beside them")
 
-    def file_metadata(self, hashes: Sequence[str]) -> list[dict[str, str]]:
-        """The finished metadata of each file of the output, in order: of each of `files`, or of the one file."""
+    def file_metadata(
+        self, hashes: Sequence[str], of_variants: Sequence[Sequence[str]] | None = None
+    ) -> list[dict[str, str]]:
+        """The finished metadata of each file of the output, in order: of each of `files`, or of the one file.
+
+        hashes: of each source; of_variants: for each of `variants` the same, of what it alone would read.
+        """
+        if self.variants:
+            told = [hashes] * len(self.variants) if of_variants is None else of_variants
+            own = (plan.file_metadata(theirs) for plan, theirs in zip(self.variants, told, strict=True))
+            return [metadata for of_one in own for metadata in of_one]
         return [self.finished_metadata(hashes, f.metadata) for f in self.files] or [self.finished_metadata(hashes)]
 
     def finished_metadata(self, hashes: Sequence[str], more: Mapping[str, str] | None = None) -> dict[str, str]:

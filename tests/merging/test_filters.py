@@ -58,10 +58,13 @@ def test_what_is_alike_everywhere_is_left_and_what_stands_alone_is_gone() -> Non
     assert (applied("smooth_add", [alone]) == 0).all()
 
 
-def test_memory_is_not_shared_between_neighbours_of_a_line() -> None:
-    """A line's windows lie over one another; sorting one in place would change the next."""
-    line = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 0.0, 9.0])
-    assert_near(applied("smooth_add", [line]), smoothed(line.double().numpy()), [line])
+def test_nan_stays_where_it_is_and_spreads_no_further_than_the_filters_reach() -> None:
+    delta = random((40, 48), seed=1)
+    delta[20, 20] = torch.nan
+    spoilt = applied("smooth_add", [delta]).isnan()
+    assert spoilt[20, 20]
+    assert not spoilt[:15].any()
+    assert not spoilt[:, 26:].any()
 
 
 # ------------------------------------------------------------------------------------------------ crossover

@@ -132,6 +132,11 @@ def test_of_a_sum_of_those_before_it_nothing_is_left() -> None:
     assert torch.equal(applied("orthogonal", [torch.zeros_like(a), a]), a)
 
 
+def test_what_rounding_leaves_is_no_news() -> None:
+    numbers = METHODS.get("orthogonal").function(*torch.eye(2), weights=(1, 1), found=[[1.0, 1.0], [1.0, 1.0 + 1e-14]])
+    assert numbers.tolist() == [1.0, 0.0]
+
+
 # ------------------------------------------------------------------------------------------------ model stock
 
 

@@ -265,6 +265,16 @@ def test_a_part_of_half_a_round_is_refused() -> None:
     assert torch.allclose(applied("rotate", [a, -a]), -a, rtol=0, atol=1e-12)
 
 
+def test_of_half_a_round_whole_powers_are_defined() -> None:
+    """Just short of it the sine is small, and the power's sine as small."""
+    c, s = math.cos(math.pi - 5e-5), math.sin(math.pi - 5e-5)
+    rotation = torch.eye(40, dtype=torch.float64)
+    rotation[:2, :2] = torch.tensor([[c, s], [-s, c]], dtype=torch.float64)
+    a = random((60, 40), torch.float64, 1)
+    found = applied("rotate", [a, a @ rotation], alignment=2, centralization=0)
+    assert torch.allclose(found, a @ rotation @ rotation, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("shape", [(40,), (1,)], ids=str)
 def test_tensors_of_one_axis_go_by_alpha_alone(shape: tuple[int, ...]) -> None:
     a, b = random(shape, torch.float32, 1), random(shape, torch.float32, 2)

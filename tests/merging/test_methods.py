@@ -29,9 +29,11 @@ from weightops.plan import Grain
 from weightops.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Generator, Tensor
+
+    from weightops.merging.method import Delta, Share
 
 
 ALL = [method for _, method in METHODS]
@@ -152,9 +154,9 @@ def test_what_comes_in_and_out_of_a_method_fits_together(method: MergeMethod) ->
         assert "Either" not in method.roles
     if method.result == "Tensor":
         assert method.roles[0] == "Tensor"
-    assert method.parameters.count("Weights") <= 1
-    assert all(p.default is None or p.kind != "Weights" for p in method.parameters)
-    assert method.is_open or all(p.kind != "Weights" for p in method.parameters)
+    weights = [p for p in method.parameters if p.kind == "Weights"]
+    assert len(weights) <= method.is_open
+    assert all(p.default is None for p in weights)
 
 
 @every_method
@@ -463,6 +465,28 @@ def test_a_result_is_never_one_of_the_models(method: MergeMethod) -> None:
         assert all(result.data_ptr() != m.data_ptr() for m in models)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this torch sees no CUDA device")
+@every_method
+def test_a_method_computes_where_its_models_are(method: MergeMethod) -> None:
+    for shape in (LARGE, (16, 8, 3, 3), (70,)):
+        models = models_of(method, shape, torch.float32)
+        parameters = method.check(required(method), len(models))
+        given = [m.reshape(-1) if method.grain is Grain.VALUES else m for m in models]
+        handed = looked(method, models, parameters)
+        there = looked(method, [m.cuda() for m in models], parameters)
+        if method.needs_statistics:
+            handed["statistics"] = statistics_of(method, given[0].shape, len(models))
+            there["statistics"] = [s.cuda() for s in handed["statistics"]]
+        results = []
+        for tensors, found in ((given, handed), ([m.cuda() for m in given], there)):
+            random = {"random": torch.Generator().manual_seed(1)} if method.draws else {}
+            results.append(method.function(*tensors, **parameters, **found, **random))
+        assert results[1].is_cuda
+        alike = torch.isclose(*(r.cpu() for r in results), rtol=1e-4, atol=1e-4)
+        assert alike.double().mean() >= (0.99 if method.decides else 1.0)
+
+
 class Held(TorchDispatchMode):
     """The most bytes at a time of tensors that are made under it."""
 
@@ -587,6 +611,62 @@ def test_a_parameter_of_an_unknown_kind_is_refused_when_the_method_is_written() 
 
     with pytest.raises(TypeError, match="wrong, name: found 'str', expected"):
         merge_method(Grain.ROWS)(wrong)
+
+
+def test_a_model_that_is_neither_tensor_nor_difference_is_refused_when_the_method_is_written() -> None:
+    def wrong(a: Tensor, b: Sequence[Tensor], /) -> Tensor:
+        return a
+
+    with pytest.raises(TypeError, match=r"wrong: found 'Sequence\[Tensor\]', expected"):
+        merge_method(Grain.ROWS)(wrong)
+
+
+@pytest.fixture
+def starred(monkeypatch: pytest.MonkeyPatch) -> MergeMethod:
+    """A method that takes any number of models, each with its weight."""
+    registry: Registry[MergeMethod] = Registry("merge method", "weightops.merging.methods")
+    monkeypatch.setattr("weightops.merging.method.METHODS", registry)
+
+    def refuse(count: int, parameters: Mapping[str, Any]) -> None:
+        if count > 3:
+            raise UsageError("starred", f"found {count} models, expected three at most")
+
+    @merge_method(Grain.VALUES, refuse=refuse)
+    def starred_(base: Tensor, /, *deltas: Delta, weights: Weights, share: Share = 0.5, random: Generator) -> Tensor:
+        """Nothing of use."""
+        return base
+
+    return registry._members["starred"]
+
+
+def test_what_is_given_is_told_from_what_is_handed(starred: MergeMethod) -> None:
+    assert starred.models == ("base", "*deltas")
+    assert starred.roles == ("Tensor", "Delta")
+    assert [starred.role(n) for n in range(4)] == ["Tensor", "Delta", "Delta", "Delta"]
+    assert [p.name for p in starred.parameters] == ["weights", "share"]
+    assert starred.draws
+    assert not starred.needs_statistics
+    assert starred.needs_base
+    assert (starred.fixed, starred.is_open) == (1, True)
+    assert starred.check({}, 3) == {"weights": (1.0, 1.0), "share": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("count", "given", "message"),
+    [
+        (1, {}, "starred: takes the models base, *deltas, found 1"),
+        (3, {"weights": "1"}, "starred, weights: found 1 weights for 2 models, expected one for each"),
+        (4, {}, "starred: found 4 models, expected three at most"),
+        (2, {"share": 0}, "starred, share: found 0, expected a number above 0 and at most 1"),
+        (2, {"share": 1.5}, "starred, share: found 1.5, expected a number above 0 and at most 1"),
+    ],
+)
+def test_models_and_weights_that_do_not_fit_are_refused(
+    starred: MergeMethod, count: int, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        starred.check(given, count)
+    assert str(caught.value) == message
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_name() -> None:

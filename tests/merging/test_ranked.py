@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ def found(quantities: Sequence[Tensor], ranks: Sequence[float], cuts: Sequence[i
     """What two looks find of tensors that are cut there, and of whose parts every second two are folded."""
     looks = ranked(lambda *models, **_: models, lambda count, **_: ranks)
     edges = [0, *sorted(cuts), len(quantities[0])]
-    parts = [[q[a:b] for q in quantities] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [[q[a:b] for q in quantities] for a, b in itertools.pairwise(edges)]
     before: Any = None
     for look in looks:
         values = [look.block(*part, found=before) for part in parts]

@@ -222,6 +222,12 @@ def test_a_model_opposite_to_the_mean_of_others_is_refused(name: str) -> None:
         applied(name, [a, a, a, -a])
 
 
+@pytest.mark.parametrize("name", ANY)
+def test_a_model_of_no_weight_has_no_say(name: str) -> None:
+    a = random((40, 48), torch.float32, 1)
+    assert torch.allclose(applied(name, [a, -a, 3 * a], weights=(1, 0, 1)), 2 * a)
+
+
 @every_method
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1, 1)])
 def test_one_value_has_no_direction_and_is_the_mean(name: str, shape: tuple[int, ...]) -> None:

@@ -10,6 +10,7 @@ from weightops.cli import options, render
 from weightops.errors import UsageError
 from weightops.merging.method import METHODS
 from weightops.ops.merge import merge, recipe_of
+from weightops.ops.merge_grid import read_grid
 
 
 def _list_methods(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -52,6 +53,8 @@ def _check_alone(ctx: click.Context) -> None:
 @click.option("--ema", is_flag=True, help="Take the averages that training kept (model_ema.*) as the weights.")
 @click.option("--recipe", metavar="FILE", help="A tree of models, LoRAs and methods, in YAML, in place of all that.")
 @click.option("--print-recipe", is_flag=True, help="Show these words as such a recipe, and leave.")
+@click.option("--grid", "grids", metavar="NAME=LO..HI:N", multiple=True,
+              help="A folder of variants, from one reading: N values of alpha or a setting, or NAME=X,Y,…")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Of methods that draw.")
 @click.option("--vae", metavar="N|merge|FILE", default="1", show_default=True,
               help="Whose VAE is kept. A merged VAE spoils colours; a file that is only a VAE is merged.")  # fmt: skip
@@ -65,8 +68,8 @@ def _check_alone(ctx: click.Context) -> None:
 @options.speaking
 @click.pass_context
 def command(
-    ctx: click.Context, /, models: tuple[str, ...], settings: tuple[str, ...], no_normalize: bool, print_recipe: bool,
-    recipe: str | None, verify: bool, as_json: bool, quiet: bool, verbose: bool, **rest: Any,
+    ctx: click.Context, /, models: tuple[str, ...], settings: tuple[str, ...], grids: tuple[str, ...],
+    no_normalize: bool, print_recipe: bool, recipe: str | None, verify: bool, as_json: bool, quiet: bool, verbose: bool, **rest: Any,
 ) -> None:  # fmt: skip
     """Two or more models into one, in one streaming pass, every tensor accounted for.
 
@@ -81,11 +84,14 @@ def command(
         _check_alone(ctx)
     said: dict[str, Any] = {"parameters": options.settings_of(settings), "normalize": not no_normalize}
     if print_recipe:
+        if grids:
+            raise UsageError("--print-recipe", "found --grid beside it, expected one merge")
         from weightops.ops.recipe_file import recipe_text
 
         asked = {key: rest[key] for key in _OF_THE_RECIPE if key in rest}
         click.echo(recipe_text(recipe_of(models, **said, **asked)), nl=False)
         return
+    grid = read_grid(grids) if grids else None
     with render.progress("merging", quiet=quiet or as_json) as on_progress:
-        report = merge(*models, recipe=recipe, verify=verify, on_progress=on_progress, **said, **rest)
+        report = merge(*models, recipe=recipe, grid=grid, verify=verify, on_progress=on_progress, **said, **rest)
     render.finished(report, as_json=as_json, quiet=quiet, verbose=verbose)

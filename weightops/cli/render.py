@@ -120,6 +120,8 @@ def report(found: Report, *, verbose: bool) -> None:
         _plan(out, found.details["plan"])
     if not planned:
         _unused(out, found, verbose)
+    if "grid" in found.details:
+        _grid(out, found.details)
     if "line" in found.details:
         out.print()
         out.print(printable(found.details["line"]), soft_wrap=True)
@@ -161,6 +163,25 @@ def report(found: Report, *, verbose: bool) -> None:
     if found.checked is not None:
         out.print(f"       checked: {found.checked['tensors']:,} tensors came back, {size(found.checked['bytes'])}, "
                   f"byte for byte")  # fmt: skip
+
+
+def _grid(out: Console, found: Mapping[str, Any]) -> None:
+    """The variants of a merge, and how much is read for all of them."""
+    out.print()
+    rows, reads = found["grid"], found["reads"]
+    names = list(rows[0]["settings"])
+    scores = list(dict.fromkeys(name for row in rows for name in row.get("scores", ())))
+    columns = ("file", *names, "size", *scores)
+    drawn = table(*columns, right=tuple(range(1, len(columns))))
+    for row in rows:
+        own = row.get("scores", {})
+        shown = (f"{own[name]:.6g}" if name in own else "-" for name in scores)
+        drawn.add_row(row["file"], *(f"{row['settings'][name]:.6g}" for name in names), size(row["bytes"]), *shown)
+    out.print(drawn)
+    out.print()
+    said = f"{size(reads['bytes'])} read for {len(rows)} variants"
+    said += ", as for one" if reads["bytes"] == reads["one"] else f"; one merge reads {size(reads['one'])}"
+    out.print(said, soft_wrap=True)
 
 
 def _recipe(out: Console, found: Mapping[str, Any]) -> None:

@@ -58,6 +58,11 @@ def task_rows(task: Task) -> int:
     return 1
 
 
+def is_work(task: Task) -> bool:
+    """Is there anything that it reads or fills?"""
+    return any(slot.spec.nbytes for slot in (*task.outputs, *(i.slot for i in task.inputs)))
+
+
 def block_rows(task: Task) -> int:
     if task.compute is None:
         # As many values as an elementwise block, so that a tensor hashes alike whether it is copied or computed with.
@@ -127,7 +132,7 @@ def cut(plan: Plan, memory: int) -> Iterator[Chunk]:
     target = chunk_target(memory)
     for number, task in enumerate(plan.tasks):
         rows, height = task_rows(task), block_rows(task)
-        if not any(slot.spec.nbytes for slot in (*task.outputs, *(i.slot for i in task.inputs))):
+        if not is_work(task):
             continue
         one = chunk_cost(task, height)
         two = chunk_cost(task, 2 * height)

@@ -17,13 +17,22 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from weightops.engine.budget import Budget, Cancelled
 from weightops.engine.buffers import Buffers
-from weightops.engine.chunks import Chunk, check_memory, chunk_target, cut, slot_span, smallest_memory, task_rows
+from weightops.engine.chunks import (
+    Chunk,
+    check_memory,
+    chunk_target,
+    cut,
+    is_work,
+    slot_span,
+    smallest_memory,
+    task_rows,
+)
 from weightops.engine.finite import first_nonfinite
 from weightops.engine.raw import compute_raw
 from weightops.errors import ValueRefused, quote
@@ -36,7 +45,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from weightops.files.tensor import Slot
-    from weightops.plan import Plan, Task
+    from weightops.plan import Input, Plan, Task
 
 EXTRA_WORKERS = 2  # where workers wait for something other than the processor
 LOOK_AHEAD = 16  # chunks whose bytes the operating system is asked to fetch before they are read
@@ -45,7 +54,8 @@ Progress = Callable[[int, int], None]
 
 # (key, bands, start, stop) of what was read of a tensor -> the hash of these bytes. Both ends, for two tasks may
 # read one tensor in blocks of different heights.
-Leaves = dict[tuple[str, tuple[tuple[int, int], ...], int, int], bytes]
+Leaf = tuple[str, tuple[tuple[int, int], ...], int, int]
+Leaves = dict[Leaf, bytes]
 
 
 def ignore(done: int, total: int) -> None:
@@ -137,7 +147,9 @@ def run(
             source.check_unchanged()
         if writer is not None:
             beforehand = None if beside is None else lambda: beside.commit(outcome)
-            outcome.bytes_written = writer.commit(*plan.file_metadata(outcome.hashes), beforehand=beforehand)
+            of_variants = [_hashes_of(variant, outcome.leaves) for variant in plan.variants]
+            metadata = plan.file_metadata(outcome.hashes, of_variants)
+            outcome.bytes_written = writer.commit(*metadata, beforehand=beforehand)
     except BaseException:
         if beside is not None and (writer is None or not writer.published):
             beside.withdraw()
@@ -358,7 +370,7 @@ class _Run:
                 raise Cancelled
         followed = self._wait_for_followed(chunk)
         with self._computing:
-            outputs = inputs
+            outputs = inputs * len(task.outputs)
             if task.compute is not None:
                 compute = buffers.attach(self.device).compute if task.needs_torch else compute_raw
                 outputs = [buffers.get(("out", n), _nbytes(span)) for n, span in enumerate(spans)]
@@ -428,14 +440,13 @@ class _Run:
             if entry.shared and chunk.start:
                 continue
             begin, _ = _span(chunk, entry.slot, entry.shared)
-            for block in chunk.blocks() if not entry.shared else [Block(0, 0, 0)]:
-                start, stop = slot_span(chunk.task, entry.slot, block.start, block.stop, shared=entry.shared)
-                leaf = entry.slot.key, entry.slot.bands or (), start, stop
+            for leaf in _leaves_of(chunk, entry):
                 if leaf not in leaves:  # another look at the same bytes
-                    leaves[leaf] = xxhash.xxh3_128_digest(buffer[start - begin : stop - begin])
+                    leaves[leaf] = xxhash.xxh3_128_digest(buffer[leaf[2] - begin : leaf[3] - begin])
 
     def _check_finite(self, chunk: Chunk, inputs: list[memoryview], outputs: list[memoryview]) -> None:
-        for slot, buffer in zip(chunk.task.outputs, outputs, strict=True):
+        copied = chunk.task.compute is None  # the same bytes to each output
+        for slot, buffer in zip(chunk.task.outputs[: 1 if copied else None], outputs, strict=not copied):
             if first_nonfinite(buffer, slot.spec.dtype) is None:
                 continue
             for entry, given in zip(chunk.task.inputs, inputs, strict=True):
@@ -460,6 +471,23 @@ def _measure(task: Task) -> Iterable[Slot]:
 def _span(chunk: Chunk, slot: Slot, shared: bool = False) -> tuple[int, int]:
     """The bytes of the slot that the chunk reads or fills."""
     return slot_span(chunk.task, slot, chunk.start, chunk.stop, shared=shared)
+
+
+def _leaves_of(chunk: Chunk, entry: Input) -> Iterator[Leaf]:
+    """What is hashed apart of an input: what each block reads of it."""
+    for block in chunk.blocks() if not entry.shared else [Block(0, 0, 0)]:
+        start, stop = slot_span(chunk.task, entry.slot, block.start, block.stop, shared=entry.shared)
+        yield entry.slot.key, entry.slot.bands or (), start, stop
+
+
+def _hashes_of(variant: Plan, leaves: Sequence[Leaves]) -> list[str]:
+    """The hash of each source that the variant would have had if it had run alone: of what it reads."""
+    own: list[Leaves] = [{} for _ in variant.sources]
+    for task in variant.tasks:
+        chunk = Chunk(task, 0, 0, task_rows(task), 0)
+        for entry in task.inputs if chunk.stop and is_work(task) else ():
+            own[entry.source].update((leaf, leaves[entry.source][leaf]) for leaf in _leaves_of(chunk, entry))
+    return [hash_of(found) for found in own]
 
 
 def _nbytes(span: tuple[int, int]) -> int:

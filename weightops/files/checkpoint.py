@@ -52,7 +52,10 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        return PurePosixPath(self.label.replace("\\", "/").rstrip("/")).name or self.label
+        name = PurePosixPath(self.label.replace("\\", "/").rstrip("/")).name
+        if name in ("", "..") and isinstance(self.place, Path):  # a folder that was called by where it is
+            name = self.place.resolve().name
+        return name or self.label
 
     @property
     def nbytes(self) -> int:

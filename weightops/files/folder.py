@@ -87,6 +87,17 @@ def shards(
     return files, {f"{start}{stem}.safetensors.index.json": text.encode()}
 
 
+def replace_small(path: Path, data: bytes) -> None:
+    """Write a small file anew, beside those of a folder that is there: whole, or as it was. Raises OutputError."""
+    part = part_name(path)
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise OutputError(str(path), f"cannot be written: {e.strerror or e}") from None
+
+
 # ------------------------------------------------------------------------------------------------ what stands in it
 
 

@@ -179,11 +179,18 @@ def added(
     W may be None where no change depends on it (see `depends`).
     """
 
+    plain = not depends(changes) and all(c.window is None and not c.of_bias and c.strength == 1 for c in changes)
+
     def change(parts: Sequence[Tensor], weight: Tensor | None, rows: slice, working: torch.dtype) -> Tensor:
         import torch
 
         given = [t.to(working) for t in parts]
         shape = changes[0].shape
+        if plain:  # nothing but products: no zeros to add them to
+            start = 0 if transposed else rows.start
+            height = shape[0] if transposed else rows.stop - start
+            found = _sum_of_deltas(changes, given, height, start)
+            return found.T.contiguous() if transposed else found
         if weight is None or not depends(changes):
             height = shape[0] if transposed else rows.stop - rows.start
             start = torch.zeros((height, *shape[1:]), dtype=working, device=given[0].device)
@@ -193,6 +200,20 @@ def added(
         return found.T.contiguous() if transposed else found
 
     return change
+
+
+def _sum_of_deltas(changes: Sequence[Change], inputs: Sequence[Tensor], height: int, start: int) -> Tensor:
+    """Σ ΔWᵢ of adapters that are additions, of so many rows from `start` on."""
+    total: Tensor | None = None
+    position = 0
+    for change in changes:
+        parts, rows = _parts(change, inputs[position : position + change.count], height, start)
+        position += change.count
+        assert change.family.delta is not None
+        delta = change.family.delta(parts, slice(None) if rows is None else rows)
+        total = delta if total is None else total + delta
+    assert total is not None
+    return total
 
 
 def depends(changes: Sequence[Change]) -> bool:
@@ -217,24 +238,34 @@ def _one(change: Change, weight: Tensor, given: Sequence[Tensor], start: int) ->
     from weightops.lora.family import Parts, change_bias
     from weightops.lora.family import change as change_weight
 
-    tensors = {}
-    for part, tensor in zip(change.parts, given, strict=False):
-        columns = change.columns.get(part)
-        tensors[part] = tensor if columns is None else tensor[:, columns[0] : columns[1]]
-    height = len(weight)
     if change.window is not None:
-        parts = Parts(tensors, change.alpha, change.shape, change.told)
+        parts = Parts(_tensors(change, given), change.alpha, change.shape, change.told)
         return _through_window(change, parts, weight, given[len(change.parts) :], start)
-    if change.cut:  # the parts are those of a weight that has these rows alone
-        shape, rows = (height, *change.shape[1:]), None
-    else:
-        shape, rows = change.shape, slice(start, start + height)
-    parts = Parts(tensors, change.alpha, shape, change.told)
+    parts, rows = _parts(change, given, len(weight), start)
     if change.of_bias:
         found = change_bias(change.family, parts, weight, change.strength)
         assert found is not None
         return found
     return change_weight(change.family, parts, weight, change.strength, rows)
+
+
+def _parts(change: Change, given: Sequence[Tensor], height: int, start: int) -> tuple[Parts, slice | None]:
+    """The parts, and which rows of what they describe are meant: None for all."""
+    from weightops.lora.family import Parts
+
+    if change.cut:  # the parts are those of a weight that has these rows alone
+        shape, rows = (height, *change.shape[1:]), None
+    else:
+        shape, rows = change.shape, slice(start, start + height)
+    return Parts(_tensors(change, given), change.alpha, shape, change.told), rows
+
+
+def _tensors(change: Change, given: Sequence[Tensor]) -> dict[str, Tensor]:
+    tensors = {}
+    for part, tensor in zip(change.parts, given, strict=False):
+        columns = change.columns.get(part)
+        tensors[part] = tensor if columns is None else tensor[:, columns[0] : columns[1]]
+    return tensors
 
 
 def _through_window(change: Change, parts: Parts, weight: Tensor, frame: Sequence[Tensor], start: int) -> Tensor:

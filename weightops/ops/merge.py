@@ -14,6 +14,7 @@ from weightops.files.checkpoint import open_checkpoint
 from weightops.merging.method import METHODS, cancel_out
 from weightops.merging.recipe import Model, Recipe, Varied, kind_of, leaves, merged, merges, over
 from weightops.ops.folders import into_folder
+from weightops.ops.merge_grid import merge_grid, variants_of
 from weightops.ops.merge_looks import looked_everywhere, passes
 from weightops.ops.merge_plan import Wish, option_of, plan_merge
 from weightops.ops.produce import Bar, check_words, named, produce, stem
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from weightops.files.checkpoint import Checkpoint
     from weightops.merging.method import MergeMethod
     from weightops.merging.recipe import Node
+    from weightops.ops.merge_grid import Score
     from weightops.ops.recipe_words import Drawn
     from weightops.ops.report import Report
 
@@ -49,6 +51,8 @@ def merge(
     dtype: str = "keep",
     drop: Sequence[str] = (),
     on_mismatch: str = "error",
+    grid: Mapping[str, Sequence[float]] | None = None,
+    score: Score | None = None,
     strict: bool = False,
     allow_nonfinite: bool = False,
     memory: int = DEFAULT_MEMORY,
@@ -72,14 +76,29 @@ def merge(
     dtype: keep (the first model's, tensor by tensor), fp32, fp16, bf16, fp8_e4m3, fp8_e5m2. drop: components
     to leave out. on_mismatch: "error" or "keep-first" for tensors of different shapes. strict: refuse
     whatever would be left out or kept unasked. memory: bytes in flight. verify: read samples back and compare.
+    grid: values for alpha and the method's numbers; each combination is merged into a file of its own in the folder
+    `output`, from one reading. score: called with the path of each once all are written; what it returns joins the
+    folder's table, and the report's `details["grid"]`.
     Raises WeightopsError, whose kinds are drawn in `weightops.errors`.
     """
-    if recipe is None:
-        asked = recipe_of(
+
+    def made(alpha: float | None, parameters: Mapping[str, Any]) -> Recipe:
+        return recipe_of(
             models, alpha=alpha, weights=weights, normalize=normalize, base=base, method=method,
-            parameters=parameters or {}, blocks=blocks, statistics=statistics, ema=ema, seed=seed, vae=vae,
+            parameters=parameters, blocks=blocks, statistics=statistics, ema=ema, seed=seed, vae=vae,
             text_encoder=text_encoder, dtype=dtype, drop=drop, on_mismatch=on_mismatch,
         )  # fmt: skip
+
+    variants = []
+    if grid is not None:
+        if recipe is not None:
+            raise UsageError("--grid", "found --recipe beside it, which says every setting", "say the merge in words")
+        variants = variants_of(grid, _method_of(method, base), made, alpha=alpha, parameters=parameters or {})
+        asked = variants[0].recipe
+    elif score is not None:
+        raise UsageError("score", "is called with the variants of a grid, found no grid")
+    elif recipe is None:
+        asked = made(alpha, parameters or {})
     elif isinstance(recipe, Recipe):
         asked = recipe
     else:
@@ -88,14 +107,22 @@ def merge(
     with contextlib.ExitStack() as stack:
         files = {file: stack.enter_context(open_checkpoint(file)) for file in files_of(asked)}
         bar = Bar(on_progress)
+        bar.total = max(sum(opened.nbytes for opened in files.values()), 1)
         running: dict[str, Any] = {"memory": memory, "threads": threads, "device": device}
-        wish = looked_everywhere(asked, files, Wish(strict, allow_nonfinite), dry_run=dry_run, bar=bar, **running)
+        wish = Wish(strict, allow_nonfinite)
+        if variants:
+            folder = named(output, _name(asked, files)[0], "-grid")
+            return merge_grid(
+                variants, files, folder if output is not None else folder.with_suffix(""), wish, score=score,
+                force=force, dry_run=dry_run, check=verify, on_progress=on_progress, **running,
+            )  # fmt: skip
+        wish = looked_everywhere(asked, files, wish, dry_run=dry_run, bar=bar, **running)
         planned = plan_merge(asked, files, wish).planned
         target = named(output, *_name(asked, files))
         planned.plan, target = into_folder(files[asked.like.file], planned.plan, target, asked=output is not None)
         report = produce(
             "merge", planned, target, force=force, dry_run=dry_run, check=verify,
-            on_progress=bar.part(bar.shown / bar.total if bar.total else 0.0, 1.0), **running,
+            on_progress=bar.part(bar.shown / bar.total, 1.0), **running,
         )  # fmt: skip
         report.details |= {
             "tree": _tree(drawn(asked)),
@@ -146,6 +173,10 @@ def _name(recipe: Recipe, files: Mapping[str, Checkpoint]) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------------ what was asked
 
 
+def _method_of(method: str | None, base: str | os.PathLike[str] | None) -> MergeMethod:
+    return METHODS.get(method or ("weighted_sum" if base is None else "add_difference"))
+
+
 def recipe_of(
     models: Sequence[str | os.PathLike[str]],
     *,
@@ -164,7 +195,7 @@ def recipe_of(
     count, has_base = len(models), base is not None
     if count + has_base < 2 and not (ema and count == 1):
         raise UsageError("merge", f"found {count + has_base} model, expected two or more")
-    chosen = METHODS.get(method or ("add_difference" if has_base else "weighted_sum"))
+    chosen = _method_of(method, base)
     differences = all(role != "Tensor" for role in chosen.roles) and (has_base or "Delta" in chosen.roles)
     if (chosen.needs_base or differences) != has_base:
         need = "needs a base" if chosen.needs_base or differences else "takes no base"

@@ -87,6 +87,9 @@ def replay(
         met = compare(
             mine, found.output, expected=expected, memory=memory, threads=threads, on_progress=bar.part(0.9, 1.0)
         )
+    if not met.tensors:
+        hint = "where it is one file of a folder that was written as one, name the folder"
+        raise MismatchError(label, "has none of the tensors that its recipe makes", hint)
     return _told(report, made, met, found, changed, started)
 
 

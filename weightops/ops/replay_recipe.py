@@ -25,7 +25,6 @@ from weightops.ops.resize import resize
 if TYPE_CHECKING:
     from weightops.ops.report import Report
 
-_DEEPEST = 50  # methods within methods
 _LARGEST = 10_000  # nodes of a tree
 
 # Makes the file again of these files, in the order of the recipe's inputs: (files, output, running) -> report.
@@ -135,8 +134,8 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    # What Python cannot make a float of is no number that a verb was ever given.
-    return isinstance(value, float) or (_is_whole(value) and abs(value) < 1 << 1000)
+    # A whole number stays one, for 1 is written otherwise than 1.0. What float32 does not hold was never meant.
+    return (isinstance(value, float) and abs(value) < 3e38) or (_is_whole(value) and abs(value) <= 1 << 53)
 
 
 def _check_count(fields: Fields, count: int, *expected: int) -> None:
@@ -160,7 +159,7 @@ def _fuse(fields: Fields, count: int, _like: str | None) -> _Read:
     }  # fmt: skip
 
     def again(files: Sequence[str], output: Path, running: Mapping[str, Any]) -> Report:
-        loras = zip(files[1:], map(float, strengths), strict=True)
+        loras = zip(files[1:], strengths, strict=True)
         return fuse(files[0], *loras, output=output, **words, **running)
 
     return ("checkpoint", *["lora"] * len(strengths)), again, None
@@ -211,7 +210,7 @@ def _combine(fields: Fields, count: int, _like: str | None) -> _Read:
     def again(files: Sequence[str], output: Path, running: Mapping[str, Any]) -> Report:
         # Of an average the strengths follow from the files.
         factors = strengths if words["ema"] is None else [1.0] * len(strengths)
-        loras = zip(files[: len(strengths)], map(float, factors), strict=True)
+        loras = zip(files[: len(strengths)], factors, strict=True)
         base = files[-1] if count > len(strengths) else None
         return combine(*loras, base=base, output=output, **words, **running)
 
@@ -316,9 +315,9 @@ class _Tree:
         ema, to = self.models.setdefault(number, said)
         return Model(file, ema, None if to is None else self.file(to, files, "checkpoint"))
 
-    def node(self, said: Any, files: Sequence[str], depth: int = 1) -> Node:
+    def node(self, said: Any, files: Sequence[str]) -> Node:
         self.nodes += 1
-        if depth > _DEEPEST or self.nodes > _LARGEST or not isinstance(said, dict):
+        if self.nodes > _LARGEST or not isinstance(said, dict):
             what = "is too large" if isinstance(said, dict) else f"has {quote(said, 60)} in place of a model or method"
             raise self.fields.refused(f"the tree of its recipe {what}")
         fields = Fields(self.fields.label, {**said, "version": self.fields.said["version"]}, {"version"})
@@ -332,7 +331,7 @@ class _Tree:
             found = Lora(self.file(fields.whole("lora"), files, "lora"))
         else:
             inputs = fields.take("inputs", "a list", lambda v: isinstance(v, list), ...)
-            children = [self.node(child, files, depth + 1) for child in inputs]
+            children = [self.node(child, files) for child in inputs]
             settings = {name: self._setting(v) for name, v in fields.table("parameters").items()}
             beside = [self.file(n, files, "statistics") for n in fields.take("statistics", "a list", _is_list, [])]
             found = merged(fields.text("method"), children, settings, statistics=beside)
@@ -350,7 +349,7 @@ class _Tree:
             return tuple(self._setting(v) for v in value)
         if isinstance(value, dict):
             varied = Fields(self.fields.label, value, set())
-            found = Varied(float(varied.number("default")), varied.text("blocks"), varied.flag("complement", False))
+            found = Varied(varied.number("default"), varied.text("blocks"), varied.flag("complement", False))
             varied.check_all()
             return found
         if value is None or not (isinstance(value, (bool, str)) or _is_number(value)):

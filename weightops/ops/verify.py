@@ -96,13 +96,14 @@ def _followed(plan: Plan, task: Task) -> list[Any]:
     number = next(n for n, t in enumerate(plan.tasks) if t is task)
     for other in plan.tasks[number - task.follows : number]:
         rows, height, values = task_rows(other), block_rows(other), []
+        before = found[len(found) - other.follows :]
         for start in range(0, rows, height):
             block = Block(start // height, start, min(start + height, rows))
             given = _given(plan, other, block)
             with torch.no_grad():
-                values.append(cast("Callable[..., Any]", other.compute)(given, [], block, *found))
+                values.append(cast("Callable[..., Any]", other.compute)(given, [], block, *before))
         assert other.gather is not None
-        found.append(other.gather(values, *found))
+        found.append(other.gather(values, *before))
     return found
 
 
@@ -119,7 +120,7 @@ def _distance(plan: Plan, task: Task, block: Block, found: list[memoryview], fol
     """The largest difference from the reference, in units in the last place of the output dtype."""
     given = [_read(plan.sources[i.source], i.slot, task, block, i.shared) for i in task.inputs]
     if task.compute is None:
-        return 0.0 if given == found else float("inf")
+        return 0.0 if given * len(found) == found else float("inf")
     if task.raw:
         exact = [memoryview(bytearray(len(data))) for data in found]
         cast("RawCompute", task.compute)(given, exact, block)

@@ -62,30 +62,44 @@ def _add_blurred(total: Tensor, values: Tensor, weight: float) -> None:
 
 
 def _median_of_box(values: Tensor) -> Tensor:
-    """The median of each value and those next to it along all axes, diagonally too."""
+    """The median of each value and those next to it along all axes, diagonally too; some rows at a time."""
     import torch
 
     result: Tensor = torch.empty_like(values, memory_format=torch.contiguous_format)
-    size = 3**values.ndim
-    step = max(1, WORKING_VALUES * len(values) // (values.numel() * size))
+    size, in_row = 3**values.ndim, values.numel() // len(values)
+    step = max(1, WORKING_VALUES // (in_row * size))
+    places = torch.empty(0)
     for start in range(0, len(values), step):
         rows = slice(start, min(start + step, len(values)))
-        boxes = _rows_around(values, rows, 1)
-        for axis in range(1, values.ndim):
-            boxes = _all_around(boxes, axis, 1)
-        for axis in range(values.ndim):
-            boxes = boxes.unfold(axis, 3, 1)
-        # A line's boxes lie over one another in memory until they are copied.
-        boxes = boxes.reshape(-1, size).contiguous()
+        seen = _rows_around(values, rows, 1)
+        # Where each box's values stand is the same in all steps. To look it up takes a tenth of the time of mirroring,
+        # and of copying boxes of three by three by three.
+        places = _places_of_boxes(seen) if start == 0 else places
+        boxes = seen.reshape(-1).index_select(0, places[: (rows.stop - start) * in_row * size]).reshape(-1, size)
         if boxes.is_cuda:
             found = boxes.median(1).values
         else:
             # On the CPU numpy's selection is several times as fast as torch's, but puts NaN above all.
             table = boxes.numpy()
             table.partition(size // 2, axis=1)
-            found = torch.from_numpy(table[:, size // 2].copy())
+            found = torch.from_numpy(table[:, size // 2])
         result[rows] = found.reshape(result[rows].shape)
     return result.masked_fill_(values.isnan(), math.nan)
+
+
+def _places_of_boxes(seen: Tensor) -> Tensor:
+    """Of each box of three values along every axis, one after another, where its values stand in a flat tensor.
+
+    The tensor begins and ends with a row more than has boxes; along the other axes it is mirrored.
+    """
+    import torch
+
+    places = torch.arange(seen.numel(), device=seen.device).reshape(seen.shape)
+    for axis in range(1, seen.ndim):
+        places = _all_around(places, axis, 1)
+    for axis in range(seen.ndim):
+        places = places.unfold(axis, 3, 1)
+    return places.reshape(-1)
 
 
 def _rows_around(values: Tensor, rows: slice, reach: int) -> Tensor:

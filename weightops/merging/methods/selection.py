@@ -81,8 +81,8 @@ def sce(*deltas: Delta, found: tuple[Limits, Sequence[float]], weights: Weights,
     So the model that has changed more of a tensor counts more in it. Weights are shares, not strengths: doubled, they
     give the same. What varies as much as the least that is kept is kept too; a tie of signs leaves 0.
     Source: Wan et al. 2024, arXiv:2408.07990 (FuseChat: select, calculate, erase), without weights. mergekit's density
-    is a share of the values that vary at all; and where the ηᵢ sum to less than 10⁻⁶, as those of most finetunes of
-    image models do, it takes them all for equal.
+    is a share of the values that vary at all, and it gives a tie to the positive; and where the ηᵢ sum to less than
+    10⁻⁶, as those of most finetunes of image models do, it takes them all for equal.
     """
     limits, factors = found
     changes = [chosen.mul_(w) for chosen, w in zip(_selected(deltas, limits), weights, strict=True)]
@@ -212,8 +212,9 @@ def arcee_fusion(a: Tensor, b: Tensor, /, *, found: Limits, fence: float = 1.5) 
 
     A row is all that leads to one output; a tensor of one axis is one row. With a fence of 0 half of all are B's.
     Source: Arcee AI's mergekit, arcee_fusion, which computes in the dtype of the file: of rows whose softmax changes by
-    10⁻⁴ float32 leaves of the divergence little but rounding. Of convolutions its rows are those of the kernel, and of
-    a tensor of more than a million values it takes the quartiles of a sample that differs from run to run.
+    10⁻⁴ float32 leaves of the divergence little but rounding. Of convolutions its rows are those of the kernel, its
+    quartiles are values and not between two, and of a tensor of more than a million values those of a sample, which
+    differs from run to run.
     """
     import torch
 

@@ -112,12 +112,11 @@ def regmean(*models: Either, weights: Weights, off_diagonal: float = 0.9, statis
 
 
 def _solved(total: Tensor, correction: Tensor) -> Tensor:
-    """correction·total⁻¹, of a symmetric positive total; nothing for inputs that have none. Changes both."""
+    """correction·total⁻¹, of a symmetric positive total; inputs of which it has nothing stay apart. Changes both."""
     import torch
 
     diagonal = total.diagonal()
-    unseen = diagonal <= 0
-    diagonal.masked_fill_(unseen, 1.0)
+    diagonal.masked_fill_(diagonal <= 0, 1.0)
     # Scaled to a diagonal of ones: inputs differ by orders of magnitude.
     scale = diagonal.rsqrt()
     total.mul_(scale).mul_(scale[:, None])
@@ -125,5 +124,4 @@ def _solved(total: Tensor, correction: Tensor) -> Tensor:
     if bool(failed):
         hint = "take an off_diagonal below 1, and statistics of more inputs"
         raise MismatchError("regmean", "the inner products of the inputs, added up, have no inverse", hint)
-    solved = torch.cholesky_solve(correction.mul_(scale).T, factor).T
-    return solved.mul_(scale).masked_fill_(unseen, 0.0)
+    return torch.cholesky_solve(correction.mul_(scale).T, factor).T.mul_(scale)

@@ -59,9 +59,10 @@ def ties(
     The sign is that of Σ wᵢ·δᵢ, or, with count_votes, that of most wᵢ·δᵢ. The mean is weighted, so that weights are
     shares and not strengths: doubled, they give the same. Without normalize it is the sum, and they are strengths.
     Under a negative weight a change votes as what it would add, and stands in the mean with |w|. A tie leaves 0.
-    Source: Yadav et al. 2023, arXiv:2306.01708, without weights. mergekit keeps all by default (density 1), divides by
-    the sum of signed weights, and as PEFT gives a tie to the positive; PEFT votes without weights and divides by the
-    number of those that agree; sd-mecha counts votes by default, keeps all in ties_sum, and keeps one value more.
+    Source: Yadav et al. 2023, arXiv:2306.01708, without weights; their code trims the whole model as one vector, and
+    gives a tie to the sign of most values. mergekit keeps all by default (density 1), divides by the sum of signed
+    weights, and as PEFT gives a tie to the positive; PEFT votes without weights and divides by the number of those that
+    agree; sd-mecha counts votes by default, and keeps one value more.
     """
     return elected([*_trimmed(deltas, weights, found)], weights, count_votes=count_votes, normalize=normalize)
 
@@ -103,8 +104,8 @@ def breadcrumbs(*deltas: Delta, found: Limits, weights: Weights, density: Share 
 
     What equals the largest or the smallest value that is kept is kept too.
     Source: Davari and Belilovsky 2023, arXiv:2312.06795; whole tensors are ranked, where their code takes the last axis
-    of each. mergekit's density is 1 by default, and then it keeps everything, whatever gamma is; and of a tensor of
-    which gamma is less than one value it keeps nothing.
+    of each. mergekit rounds both numbers of values down, and before 0.1.5 kept nothing of a tensor of which gamma is
+    less than one value; its density is 1 by default, and then it keeps everything, whatever gamma is.
     """
     return _sum(_crumbs(deltas, weights, found))
 

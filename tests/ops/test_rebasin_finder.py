@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "naming"))
 import tiny
@@ -20,6 +21,7 @@ from shuffled import groups_of as groups_in
 from shuffled import shuffled
 from tagged import from_canonical
 
+import weightops
 from weightops.engine.run import ignore
 from weightops.errors import MemoryRefused, MismatchError, UsageError, ValueRefused
 from weightops.files.checkpoint import Checkpoint, open_checkpoint
@@ -89,7 +91,7 @@ def diffusers(name: str, weights: Weights) -> dict[str, Tensor]:
 
 
 def find(model: Path, reference: Path, **words: Any) -> Found:
-    words = {"iterations": 10, "seed": 0, "memory": None, "threads": 2, **words}
+    words = {"iterations": 10, "seed": 0, "memory": None, "threads": 2, "device": "cpu", "on_progress": ignore} | words
     with open_checkpoint(model) as a, open_checkpoint(reference) as b:
         return find_permutations(a, b, **words)
 
@@ -370,3 +372,48 @@ def test_the_default_memory_does_for_every_group_of_the_real_models(file: str, c
     assert not left
     assert len(groups) == count
     assert needed_nbytes(groups)[0] <= 512 << 20
+
+
+# ------------------------------------------------------------------------------------------------ merging
+
+
+def test_a_merge_with_a_rebased_model_is_the_merge_with_the_model_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that were matched channel by channel are merged as if nobody had moved them."""
+    monkeypatch.chdir(tmp_path)
+    mine = only(weights_of("sd15"), "unet", "text_encoder")
+    other = noisy(mine, 0.05)
+    apart = {c: shuffled(networks("sd15")[c], other[c], seed=7) for c in other}
+    for file, weights in (("a", mine), ("b", other), ("moved", apart)):
+        save(Path(f"{file}.safetensors"), original("sd15", weights))
+    words: dict[str, Any] = {"alpha": 0.3, "force": True}
+    weightops.merge("a.safetensors", "b.safetensors", output="plain.safetensors", **words)
+    report = weightops.merge("a.safetensors", "moved.safetensors", output="out.safetensors", rebasin=True, verify=True,
+                             **words)  # fmt: skip
+    found, plain = load_file("out.safetensors"), load_file("plain.safetensors")
+    assert [key for key in plain if not torch.equal(found[key], plain[key])] == []
+    told = report.details["rebasin"][0]
+    assert told["moved"] > 0.5 * told["channels"]
+    assert told["after"] > 0.99 > told["before"]
+    assert "channels of moved.safetensors moved" in report.details["line"]
+    weightops.merge("a.safetensors", "moved.safetensors", output="apart.safetensors", **words)
+    worse = load_file("apart.safetensors")
+    assert any(not torch.equal(worse[key], plain[key]) for key in plain)
+
+
+def test_differences_from_a_base_are_taken_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = only(weights_of("sd15"), "text_encoder")
+    b, c = noisy(text, 0.05), noisy(text, 0.02)
+    network = networks("sd15")["text_encoder"]
+    for file, weights in (("a", text), ("b", b), ("c", c)):
+        save(Path(f"{file}.safetensors"), weights["text_encoder"])
+    for file, weights, seed in (("b2", b, 3), ("c2", c, 4)):
+        save(Path(f"{file}.safetensors"), shuffled(network, weights["text_encoder"], seed=seed))
+    words: dict[str, Any] = {"method": "ties", "parameters": {"density": 0.5}}
+    weightops.merge("a.safetensors", "b.safetensors", base="c.safetensors", output="plain.safetensors", **words)
+    weightops.merge("a.safetensors", "b2.safetensors", base="c2.safetensors", rebasin=True, output="out.safetensors",
+                    **words)  # fmt: skip
+    found, plain = load_file("out.safetensors"), load_file("plain.safetensors")
+    assert [key for key in plain if not torch.equal(found[key], plain[key])] == []

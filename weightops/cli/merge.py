@@ -21,7 +21,7 @@ def _list_methods(ctx: click.Context, _param: click.Parameter, value: bool) -> N
 
 # What a recipe file says itself.
 _OF_THE_RECIPE = (
-    "models", "alpha", "weights", "base", "method", "settings", "blocks", "statistics", "ema", "seed", "vae",
+    "models", "alpha", "weights", "base", "method", "settings", "blocks", "statistics", "ema", "rebasin", "seed", "vae",
     "text_encoder", "dtype", "drop", "on_mismatch", "no_normalize",
 )  # fmt: skip
 
@@ -47,14 +47,21 @@ def _check_alone(ctx: click.Context) -> None:
 @click.option("--list-methods", is_flag=True, is_eager=True, expose_value=False, callback=_list_methods,
               help="Show the methods and leave.")  # fmt: skip
 @click.option("--blocks", metavar="SPEC",
-              help="Other numbers for --alpha in some blocks or layers: IN04-IN08=0.2,attn.q=0, a preset, or a list.")  # fmt: skip
+              help="Other numbers for --alpha in some blocks or layers: IN04-IN08=0.2,attn.q=0, a preset …")  # fmt: skip
 @click.option("--statistics", metavar="FILE", multiple=True,
               help="For fisher and regmean: of each model in turn, a file with its statistics.")  # fmt: skip
 @click.option("--ema", is_flag=True, help="Take the averages that training kept (model_ema.*) as the weights.")
+@click.option("--rebasin", is_flag=True,
+              help="First bring the other models' channels into the order of the first's (git re-basin).")  # fmt: skip
 @click.option("--recipe", metavar="FILE", help="A tree of models, LoRAs and methods, in YAML, in place of all that.")
 @click.option("--print-recipe", is_flag=True, help="Show these words as such a recipe, and leave.")
-@click.option("--grid", "grids", metavar="NAME=LO..HI:N", multiple=True,
-              help="A folder of variants, from one reading: N values of alpha or a setting, or NAME=X,Y,…")
+@click.option(
+    "--grid",
+    "grids",
+    metavar="NAME=LO..HI:N",
+    multiple=True,
+    help="A folder of variants, from one reading: N values of alpha or a setting, or NAME=X,Y,…",
+)
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Of methods that draw.")
 @click.option("--vae", metavar="N|merge|FILE", default="1", show_default=True,
               help="Whose VAE is kept. A merged VAE spoils colours; a file that is only a VAE is merged.")  # fmt: skip
@@ -64,12 +71,13 @@ def _check_alone(ctx: click.Context) -> None:
               help="Tensors of one name and different shapes.")  # fmt: skip
 @options.allow_nonfinite
 @options.writing
-@options.running
+@options.running_whole
 @options.speaking
 @click.pass_context
 def command(
     ctx: click.Context, /, models: tuple[str, ...], settings: tuple[str, ...], grids: tuple[str, ...],
-    no_normalize: bool, print_recipe: bool, recipe: str | None, verify: bool, as_json: bool, quiet: bool, verbose: bool, **rest: Any,
+    no_normalize: bool, print_recipe: bool, recipe: str | None, verify: bool, as_json: bool, quiet: bool,
+    verbose: bool, **rest: Any,
 ) -> None:  # fmt: skip
     """Two or more models into one, in one streaming pass, every tensor accounted for.
 

@@ -198,6 +198,8 @@ def _recipe(out: Console, found: Mapping[str, Any]) -> None:
     out.print()
     passes, looks, memory = found["passes"], found["looks"], found["memory"]
     said = "one pass" if passes == 1 else f"{passes} passes over the models, the last of which writes"
+    if found["rebased"]:
+        said += f", after the channels of {', '.join(map(printable, found['rebased']))} are matched"
     said += f"; {looks:,} tensors are looked at before they are written" if looks else ""
     out.print(f"{said}; {memory['bytes'] / 2**20:.0f} MiB in flight, of which it needs {memory['least'] / 2**20:.0f}")
 

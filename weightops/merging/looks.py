@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     # Of one quantity: the ranks that are sought, and of whole ranks the bin, and the rank among those in the bin.
     Sought = tuple[tuple[float, ...], Mapping[int, tuple[int, int]]]
 
+# What a look keeps of the parts of a block of a million values, for each model, at most: histograms of 15 and 16 bits.
+LOOK_NBYTES = 5 << 20
+
 # ------------------------------------------------------------------------------------------------ inner products
 
 
@@ -67,10 +70,7 @@ def ranked(quantities: Callable[..., Sequence[Tensor]], ranks: Callable[..., Seq
         return counts
 
     def fold_upper(values: Sequence[Sequence[Tensor]]) -> list[tuple[Any, Any]]:
-        import numpy as np
-
-        summed = [_added(each).cpu().numpy() for each in zip(*values, strict=True)]
-        return [(np.flatnonzero(s).astype(np.uint16), s[s > 0].astype(np.uint32)) for s in summed]
+        return [_counted(_added(each).cpu().numpy()) for each in zip(*values, strict=True)]
 
     def together_upper(values: Sequence[Sequence[tuple[Any, Any]]], found: None, **parameters: Any) -> list[Sought]:
         import numpy as np
@@ -94,16 +94,11 @@ def ranked(quantities: Callable[..., Sequence[Tensor]], ranks: Callable[..., Seq
         seen = []
         for q, (_, places) in zip(quantities(*models, **parameters), found, strict=True):
             codes = _codes(q)
-            seen.append([(place, _inside(codes, place)) for place in _bins(places)])
+            seen.append([(place, *_inside(codes, place)) for place in _bins(places)])
         return seen
 
     def fold_lower(values: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        import numpy as np
-
-        def of_bin(same: Sequence[tuple[int, Any]]) -> tuple[int, Any, Any]:
-            return (same[0][0], *np.unique(np.concatenate([low for _, low in same]), return_counts=True))
-
-        return [[of_bin(same) for same in zip(*each, strict=True)] for each in zip(*values, strict=True)]
+        return [[_joined(same) for same in zip(*each, strict=True)] for each in zip(*values, strict=True)]
 
     def together_lower(values: Sequence[Sequence[Any]], found: list[Sought], **parameters: Any) -> list[list[float]]:
         import numpy as np
@@ -147,15 +142,39 @@ def _added(counts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _inside(codes: Tensor, place: int) -> Any:
-    """The lower bits of those that are in this bin of the upper ones."""
+def _inside(codes: Tensor, place: int) -> tuple[Any, Any]:
+    """The lower bits of those that are in this bin of the upper ones, and how many have them."""
     import numpy as np
 
     if codes.device.type != "cpu":
-        return (codes[codes >> _LOW == place] & ((1 << _LOW) - 1)).cpu().numpy().astype(np.uint16)
-    # numpy compares and picks integers in a fraction of torch's time. Those below the bin wrap around, to far above it.
-    low = codes.numpy().view(np.uint32) - np.uint32(place << _LOW)
-    return low[low < np.uint32(1 << _LOW)].astype(np.uint16)
+        low = (codes[codes >> _LOW == place] & ((1 << _LOW) - 1)).cpu().numpy()
+    else:
+        # numpy compares and picks integers in a fraction of torch's time. Those below the bin wrap around.
+        low = codes.numpy().view(np.uint32) - np.uint32(place << _LOW)
+        low = low[low < np.uint32(1 << _LOW)]
+    if len(low) < 1 << (_LOW - 3):
+        found, numbers = np.unique(low, return_counts=True)
+        return found.astype(np.uint16), numbers.astype(np.uint32)
+    return _counted(np.bincount(low, minlength=1 << _LOW))
+
+
+def _joined(same: Sequence[tuple[int, Any, Any]]) -> tuple[int, Any, Any]:
+    """What several parts have in one bin."""
+    import numpy as np
+
+    if len(same) == 1:
+        return same[0]
+    counts = np.zeros(1 << _LOW, dtype=np.uint32)
+    for _, low, numbers in same:
+        counts[low] += numbers
+    return (same[0][0], *_counted(counts))
+
+
+def _counted(counts: Any) -> tuple[Any, Any]:
+    import numpy as np
+
+    found = np.flatnonzero(counts)
+    return found.astype(np.uint16), counts[found].astype(np.uint32)
 
 
 def reaches(quantity: Tensor, limit: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Which channels of LDM's and SGM's UNets may trade places: tables that these architectures share.
 
-What is not here: the channels that resnets and transformers add up, and that pass on to later ones beside others. Norms
-of several widths see them, whose groups overlap; what is left to trade is little.
+Not in these tables: the channels that resnets and transformers add up, and that pass on to later ones beside others.
+Norms of several widths see them, whose groups overlap: only channels that share a group of each could trade places.
 Source: latent-diffusion (LDM), generative-models (SGM); Ainsworth et al. 2022, Git Re-Basin, arXiv:2209.04836.
 """
 

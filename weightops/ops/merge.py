@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightops.engine.chunks import DEFAULT_MEMORY, smallest_memory
+from weightops.engine.chunks import memory_for, smallest_memory
 from weightops.engine.run import Progress, ignore
-from weightops.errors import UsageError, quote
+from weightops.errors import UsageError, listing, quote
 from weightops.files.checkpoint import open_checkpoint
 from weightops.merging.method import METHODS, cancel_out
 from weightops.merging.recipe import Model, Recipe, Varied, kind_of, leaves, merged, merges, over
 from weightops.ops.folders import into_folder
 from weightops.ops.merge_grid import merge_grid, variants_of
-from weightops.ops.merge_looks import looked_everywhere, passes
+from weightops.ops.merge_looks import found_orders, looked_everywhere, passes, rebased
 from weightops.ops.merge_plan import Wish, option_of, plan_merge
 from weightops.ops.produce import Bar, check_words, named, produce, stem
 from weightops.ops.recipe_words import drawn
@@ -45,6 +46,7 @@ def merge(
     blocks: str | None = None,
     statistics: Sequence[str | os.PathLike[str]] = (),
     ema: bool = False,
+    rebasin: bool = False,
     seed: int = 0,
     vae: str | int | os.PathLike[str] = "1",
     text_encoder: str | int = "merge",
@@ -55,7 +57,7 @@ def merge(
     score: Score | None = None,
     strict: bool = False,
     allow_nonfinite: bool = False,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     threads: int | None = None,
     device: str = "auto",
     force: bool = False,
@@ -70,12 +72,14 @@ def merge(
     normalised to a sum of one unless `normalize` is False; with `base`, base + Σ wᵢ·(modelᵢ − base), as they are given.
     method: another way; of one of differences, `base` is taken from each model, and alpha times the result added to it.
     blocks: other numbers in place of alpha for some tensors, in the words of --blocks. statistics: a file per model,
-    for methods that weigh by such. ema: take the averages that training kept (model_ema.*) for the weights. seed: of
-    methods that draw. A diffusers folder as the first model makes one, unless `output` ends in .safetensors.
+    for methods that weigh by such. ema: take the averages that training kept (model_ema.*) for the weights. rebasin:
+    bring the channels of the other models, and of the base, into the order of the first's before (git re-basin). seed:
+    of methods that draw. A diffusers folder as the first model makes one, unless `output` ends in .safetensors.
     vae: the number of the model whose VAE is kept, "merge", or a file. text_encoder: a number, or "merge".
     dtype: keep (the first model's, tensor by tensor), fp32, fp16, bf16, fp8_e4m3, fp8_e5m2. drop: components
     to leave out. on_mismatch: "error" or "keep-first" for tensors of different shapes. strict: refuse
-    whatever would be left out or kept unasked. memory: bytes in flight. verify: read samples back and compare.
+    whatever would be left out or kept unasked. memory: bytes in flight (None: 128 MiB, and up to 512 MiB for a matrix
+    that is needed whole). verify: read samples back and compare.
     grid: values for alpha and the method's numbers; each combination is merged into a file of its own in the folder
     `output`, from one reading. score: called with the path of each once all are written; what it returns joins the
     folder's table, and the report's `details["grid"]`.
@@ -85,7 +89,7 @@ def merge(
     def made(alpha: float | None, parameters: Mapping[str, Any]) -> Recipe:
         return recipe_of(
             models, alpha=alpha, weights=weights, normalize=normalize, base=base, method=method,
-            parameters=parameters, blocks=blocks, statistics=statistics, ema=ema, seed=seed, vae=vae,
+            parameters=parameters, blocks=blocks, statistics=statistics, ema=ema, rebasin=rebasin, seed=seed, vae=vae,
             text_encoder=text_encoder, dtype=dtype, drop=drop, on_mismatch=on_mismatch,
         )  # fmt: skip
 
@@ -109,15 +113,23 @@ def merge(
         bar = Bar(on_progress)
         bar.total = max(sum(opened.nbytes for opened in files.values()), 1)
         running: dict[str, Any] = {"memory": memory, "threads": threads, "device": device}
-        wish = Wish(strict, allow_nonfinite)
+        wish, moved = Wish(strict, allow_nonfinite), list[dict[str, Any]]()
+        if not dry_run:
+            orders, moved = found_orders(asked, files, bar=bar, **running)
+            wish = replace(wish, orders=orders)
         if variants:
             folder = named(output, _name(asked, files)[0], "-grid")
-            return merge_grid(
+            report = merge_grid(
                 variants, files, folder if output is not None else folder.with_suffix(""), wish, score=score,
-                force=force, dry_run=dry_run, check=verify, on_progress=on_progress, **running,
+                force=force, dry_run=dry_run, check=verify, bar=bar, **running,
             )  # fmt: skip
+            report.warnings += [_left(each) for each in moved if each["left"]]
+            report.details |= _told(moved)
+            return report
         wish = looked_everywhere(asked, files, wish, dry_run=dry_run, bar=bar, **running)
         planned = plan_merge(asked, files, wish).planned
+        planned.warnings += [_left(each) for each in moved if each["left"]]
+        memory = running["memory"] = memory_for(planned.plan, memory)
         target = named(output, *_name(asked, files))
         planned.plan, target = into_folder(files[asked.like.file], planned.plan, target, asked=output is not None)
         report = produce(
@@ -127,10 +139,26 @@ def merge(
         report.details |= {
             "tree": _tree(drawn(asked)),
             "passes": 1 + len(passes(asked)),
+            "rebased": [files[leaf.file].label for leaf in rebased(asked)],
             "looks": sum(1 for task in planned.plan.tasks if task.gather is not None),
             "memory": {"bytes": memory, "least": smallest_memory(planned.plan)[0]},
         }
+        report.details |= _told(moved)
         return report
+
+
+def _told(moved: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"rebasin": moved, "line": "; ".join(map(_moved, moved))} if moved else {}
+
+
+def _moved(each: Mapping[str, Any]) -> str:
+    said = f"{each['moved']:,} of {each['channels']:,} channels of {each['model']} moved"
+    return f"{said}; its likeness to {each['to']} was {each['before']:.3f}, and is {each['after']:.3f}"
+
+
+def _left(each: Mapping[str, Any]) -> str:
+    names = sorted(each["left"])
+    return f"{each['model']}: channels left in their order: {listing(names)}: {each['left'][names[0]]}"
 
 
 def _tree(node: Drawn) -> dict[str, Any]:
@@ -189,6 +217,7 @@ def recipe_of(
     blocks: str | None,
     statistics: Sequence[str | os.PathLike[str]],
     ema: bool,
+    rebasin: bool,
     **rest: Any,
 ) -> Recipe:
     """The recipe that the command line's own words mean. Raises UsageError."""
@@ -200,10 +229,12 @@ def recipe_of(
     if (chosen.needs_base or differences) != has_base:
         need = "needs a base" if chosen.needs_base or differences else "takes no base"
         raise UsageError("--base", f"{chosen.name} {need}", "--list-methods shows what each method takes")
-    leaves_: list[Node] = [Model(str(m), ema) for m in models]
+    to = str(models[0]) if rebasin else None
+    leaves_: list[Node] = [Model(str(m), ema, to if n else None) for n, m in enumerate(models)]
+    of_base = None if base is None else Model(str(base), to=to)
     inputs: list[Node] = list(leaves_)
-    if base is not None and chosen.needs_base:
-        inputs.insert(chosen.models.index("base"), Model(str(base)))
+    if of_base is not None and chosen.needs_base:
+        inputs.insert(chosen.models.index("base"), of_base)
     settings, strength = _settings(
         chosen, count, alpha, weights, parameters, blocks, has_base=has_base, over_base=differences
     )
@@ -212,8 +243,8 @@ def recipe_of(
         if weights is not None and normalize and cancel_out(weights):
             raise UsageError("--weights", "the weights sum to 0 and cannot be normalised", "add --no-normalize")
     given = [str(file) for file in statistics]
-    if base is not None and differences:
-        root: Node = over(Model(str(base)), chosen.name, leaves_, settings, strength, statistics=given)
+    if of_base is not None and differences:
+        root: Node = over(of_base, chosen.name, leaves_, settings, strength, statistics=given)
     elif count == 1 and not has_base:
         root = leaves_[0]
     else:

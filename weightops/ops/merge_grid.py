@@ -17,7 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightops.engine.chunks import smallest_memory
+from weightops.engine.chunks import memory_for, smallest_memory
 from weightops.errors import UsageError, quote
 from weightops.files.folder import OutputFile, replace_small
 from weightops.merging.recipe import merges
@@ -177,18 +177,16 @@ def _texts(values: Sequence[float]) -> list[str]:
 
 def merge_grid(
     variants: Sequence[Variant], files: Mapping[str, Checkpoint], target: Path, wish: Wish, *, score: Score | None,
-    memory: int, threads: int | None, device: str, force: bool, dry_run: bool, check: bool,
-    on_progress: Callable[[int, int], None],
+    memory: int | None, threads: int | None, device: str, force: bool, dry_run: bool, check: bool,
+    bar: Bar,
 ) -> Report:  # fmt: skip
     """Write all variants into the folder `target`, with a table of them, and say what they are and take.
 
     score: is called with each, once the folder is there, so that one that fails loses nothing; its numbers join the
     table, which is written anew after each.
     """
-    running: dict[str, Any] = {"memory": memory, "threads": threads, "device": device}
-    bar = Bar(on_progress)
-    bar.total = max(sum(opened.nbytes for opened in files.values()), 1)
-    wishes, looked = _looked(variants, files, wish, dry_run=dry_run, bar=bar, **running)
+    running: dict[str, Any] = {"threads": threads, "device": device}
+    wishes, looked = _looked(variants, files, wish, dry_run=dry_run, bar=bar, memory=memory, **running)
     plans: list[Planned] = []
     for variant, own in zip(variants, wishes, strict=True):
         planned = plan_merge(variant.recipe, files, own).planned
@@ -198,9 +196,10 @@ def merge_grid(
     rows = _rows(variants, [planned.plan for planned in plans])
     plan = joined([p.plan for p in plans], [v.name for v in variants], _classes([_looks(v.recipe) for v in variants]))
     plan = replace(plan, extras={**plan.extras, TABLE: table(rows)})
+    memory = memory_for(plan, memory)
     report = produce(
         "merge", _said(plans, plan), target, force=force, dry_run=dry_run, check=check,
-        on_progress=bar.part(bar.shown / bar.total, 1.0), **running,
+        on_progress=bar.part(bar.shown / bar.total, 1.0), memory=memory, **running,
     )  # fmt: skip
     apart = [bytes_to_read(planned.plan) for planned in plans]
     report.details |= {
@@ -241,14 +240,10 @@ def _looked(
     firsts = [numbers.index(n) for n in range(max(numbers) + 1)]
     found: list[Wish] = []
     for n, first in enumerate(firsts):
-        share = len(firsts) + 1
-        part = Bar(bar.part(n / share, (n + 1) / share))
+        start = bar.shown / bar.total
+        part = Bar(bar.part(start, start + (1 - start) / (len(firsts) + 1 - n)))
         part.total = bar.total
-        found.append(
-            looked_everywhere(variants[first].recipe, files, wish, dry_run=dry_run, bar=part, **running)
-            if nodes[first]
-            else wish
-        )
+        found.append(looked_everywhere(variants[first].recipe, files, wish, dry_run=dry_run, bar=part, **running))
     wishes = []
     for number, own in zip(numbers, nodes, strict=True):
         known = found[number].known

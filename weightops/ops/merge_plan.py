@@ -122,6 +122,9 @@ class _Planner:
         self.opened = [averaged(opened[m.file]) if m.ema else opened[m.file] for m in self.leaves]
         self.numbered = [self.opened[self.leaves.index(m)] for m in recipe.numbered]
         self.first = self.opened[self.leaves.index(recipe.like)]
+        if recipe.like.to is not None:
+            what = "its channels are to be reordered, but what is not merged is kept from it as it is"
+            raise UsageError(self.first.label, what, "match the other models to it")
         self.vae_file = None if _is_number(recipe.vae) else opened[recipe.vae]
         self.loras = list(dict.fromkeys(leaf for leaf in leaves(recipe.root) if isinstance(leaf, Lora)))
         statistics = [file for node in merges(recipe.root) for file in node.statistics]
@@ -156,7 +159,7 @@ class _Planner:
         self._varied: dict[Varied, dict[Name, float]] = {}
         methods = [node.method for node in merges(recipe.root)]
         # Where a tensor that packs several is one thing, and where it is several.
-        self.apart = any(m.looks or m.grain is not Grain.VALUES for m in methods) or bool(self.loras)
+        self.apart = any(m.looks or m.grain is not Grain.VALUES for m in methods) or bool(self.loras or wish.orders)
         self.apart = self.apart or any(_varies(v) for node in merges(recipe.root) for v in node.parameters.values())
 
     def plan(self) -> MergePlan:

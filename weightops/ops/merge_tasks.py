@@ -19,6 +19,7 @@ from weightops.merging.expression import (
     numbers,
     stages,
 )
+from weightops.merging.looks import LOOK_NBYTES
 from weightops.merging.method import SMALL, WORKING_VALUES
 from weightops.merging.recipe import Lora, Merge, Model, Node, Varied
 from weightops.ops.changes import added, copies_of, depends
@@ -119,6 +120,8 @@ class _Compiled:
     def _model(self, model: Model) -> Given:
         source, spot = self.piece.spots[model]
         orders = self.compiler.orders.get(model, {}).get(self.piece.name, ())
+        if self.piece.place is not None and self.piece.place.transposed:  # the orders are of the canonical tensor
+            orders = tuple((1 - axis, order) for axis, order in orders)
         number = self._number(Input(source, spot.slot))
         self.models[number] = model
         return Given(number, spot.transposed, orders)
@@ -213,12 +216,8 @@ def _work_nbytes(root: Expression, slot: Slot, grain: Grain) -> int:
     values = slot.spec.values
     if grain is not Grain.TENSOR:
         values = min(values, max(WORKING_VALUES, slot.spec.row_values))
-    looks = max((_LOOK_NBYTES * len(s.applied.models) for s in stages(root)), default=0)
+    looks = max((LOOK_NBYTES * len(s.applied.models) for s in stages(root)), default=0)
     return 8 * (copies(root) + 1) * values + looks
-
-
-# What a look keeps of the parts of a block, for each model, at most: histograms of 16 bits.
-_LOOK_NBYTES = 5 << 20
 
 
 def _look(program: Program, number: int, fill: Task, work: int) -> Task:

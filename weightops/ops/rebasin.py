@@ -74,15 +74,15 @@ def find_permutations(
     iterations: int,
     seed: int,
     memory: int | None,
-    threads: int | None = None,
-    device: str = "cpu",
-    on_progress: Progress = ignore,
+    threads: int | None,
+    device: str,
+    on_progress: Progress,
 ) -> Found:
     """The orders in which the channels of `model` lie as those of `reference` do, as nearly as weight matching finds.
 
-    iterations: sweeps over all groups, at most; one in which nothing moves is the last. seed: of the order in which
-    groups are solved. memory: bytes in flight (None: 128 MiB, and up to 512 MiB for large groups). No group becomes
-    less alike on the whole: where nothing is gained, everything stays. Raises WeightopsError.
+    iterations: sweeps over all groups, at most; none is begun where no group could gain. seed: of the order in which
+    groups are solved. memory: bytes in flight (None: 128 MiB, and up to 512 MiB for large groups). Groups that have
+    tensors in common are, taken together, never less alike than before. Raises WeightopsError.
     """
     check_scipy()
     if iterations < 1:

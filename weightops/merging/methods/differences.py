@@ -20,7 +20,7 @@ def _part_of_both(first: Tensor, second: Tensor) -> Tensor:
 
 @merge_method(Grain.VALUES, copies=4)
 def train_difference(a: Tensor, b: Tensor, base: Tensor, /, *, alpha: float = 1.0) -> Tensor:
-    """A + (B − base)·1.8·α·|B−A| / (|B−A| + |B−base|): what B learned, less where A knows it, as if A were trained on.
+    """A + (B − base)·1.8·α·|B−A| / (|B−A| + |B−base|): what B learned, as if A were trained on it.
 
     A is the model that learns and B the one that it learns from; where B and A are alike, nothing is added.
     Source: supermerger (trainDifference) and sd-mecha (train_difference_mask), which are the same.

@@ -133,7 +133,7 @@ _LIMITS = within("geometric_median", max_iter=(0, math.inf))
 _REFUSE = refuse_shares("geometric_median", _LIMITS, _refuse_eps)
 
 
-@merge_method(Grain.VALUES, looks=GRAM, linear=True, copies=1, refuse=_REFUSE)
+@merge_method(Grain.VALUES, looks=GRAM, linear=True, copies=1, shares=True, refuse=_REFUSE)
 def geometric_median(*models: Either, weights: Weights, found: Gram, eps: float = 1e-6, max_iter: int = 100) -> Either:
     """argmin_m Σ wᵢ·‖modelᵢ − m‖: the point with the smallest sum of distances; a model far from all others pulls no
     more than one nearby.

@@ -35,8 +35,8 @@ def truncate_rank(delta: Delta, /, *, rank: float = 8.0) -> Delta:
 
     A number below 1 is a share, of which at least 1 is kept. Tensors of one axis, and those whose rank is not above it,
     stay as they are. From the eigenvectors of the smaller of δδᵀ and δᵀδ, in float64, so that it is exact to float32's
-    last digits; on one CPU core 0.5 s for 1280 inputs or outputs, whichever are fewer, and 15 s for 4096.
-    Source: Eckart and Young 1936. sd-mecha finds the basis by random vectors and two iterations, unless told otherwise.
+    last digits; on one CPU core that is 1 s for 1280 inputs or outputs, whichever are fewer, and 8 s for 2560.
+    Source: Eckart and Young 1936. sd-mecha's is found by random vectors and two iterations, unless told otherwise.
     """
     import torch
 
@@ -78,8 +78,9 @@ def rotate(
     which lies `alignment` of the way from A's to B's. Q minimises ‖A·Q − B‖; a part of the way, it is the shortest
     rotation, without a reflection. So alignment 0 and alpha 0 are A, 1 and 1 are B. What A and B do not share is turned
     as little as may be. Tensors of one axis are A + α·(B − A).
-    It is computed in float64, a singular value decomposition of the smaller side or of twice the outputs where that is
-    less: on one CPU core some 5 s for 1280 x 1280 and two minutes for 4096 x 4096, so that large models want a GPU.
+    It takes a singular value decomposition in float64 of as many rows as there are inputs, or outputs if these are
+    fewer, twice as many for a part of the way; and up to twenty copies of the weight. On one CPU core that is 2 s for
+    1280 x 1280 and 16 s for 2560 x 2560: models of many such weights want a GPU.
     Source: Schoenemann 1966 (orthogonal Procrustes problem). sd-mecha's rotate takes convolutions as matrices
     [out·in, kernel], keeps Q in float16 for the next merge, and for weights with fewer outputs than inputs adds to A·Q
     what A has outside of B's rows.

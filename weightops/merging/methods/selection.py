@@ -72,7 +72,7 @@ def _shares_of_squares(
 
 @merge_method(
     Grain.VALUES, looks=(*ranked(_variances, _most_varied), Look(_squares, _shares_of_squares)), decides=True,
-    copies=4, each=1,
+    copies=4, shares=True, each=1,
 )  # fmt: skip
 def sce(*deltas: Delta, found: tuple[Limits, Sequence[float]], weights: Weights, density: Share = 1.0) -> Delta:
     """Σ ηᵢwᵢ·δᵢ / Σ ηᵢ|wᵢ| over those that agree with the sign of Σ wᵢ·δᵢ, ηᵢ = mean(δᵢ²): δᵢ keeps of Δᵢ what varies

@@ -64,7 +64,7 @@ def _arc(gram: Gram, t: float) -> tuple[float, float] | None:
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-@merge_method(Grain.VALUES, looks=GRAM, linear=True, copies=1, refuse=_refuse_other_than_two("slerp"))
+@merge_method(Grain.VALUES, looks=GRAM, linear=True, copies=1, shares=True, refuse=_refuse_other_than_two("slerp"))
 def slerp(*models: Either, weights: Weights, found: Gram) -> Either:
     """Of two models: a direction on the arc between theirs, t = w₂/(w₁+w₂) of the way, and a length between theirs.
 
@@ -86,7 +86,7 @@ def slerp(*models: Either, weights: Weights, found: Gram) -> Either:
     return combined(models, (arc[0] * length / a, arc[1] * length / b))
 
 
-@merge_method(Grain.VALUES, looks=GRAM, linear=True, copies=1, refuse=_refuse_other_than_two("nuslerp"))
+@merge_method(Grain.VALUES, looks=GRAM, linear=True, copies=1, shares=True, refuse=_refuse_other_than_two("nuslerp"))
 def nuslerp(*models: Either, weights: Weights, found: Gram) -> Either:
     """(sin((1−t)ω)·A + sin(tω)·B) / sin ω, with t = w₂/(w₁+w₂), ω the angle between A and B: slerp of the models
     themselves, not of their directions.
@@ -100,7 +100,7 @@ def nuslerp(*models: Either, weights: Weights, found: Gram) -> Either:
     return combined(models, _without_direction("nuslerp", models, own) if arc is None else arc)
 
 
-@merge_method(Grain.ROWS, looks=GRAM, copies=5, refuse=_refuse_other_than_two("nuslerp_rows"))
+@merge_method(Grain.ROWS, looks=GRAM, copies=5, shares=True, refuse=_refuse_other_than_two("nuslerp_rows"))
 def nuslerp_rows(*models: Either, weights: Weights, found: Gram) -> Either:
     """(sin((1−t)ωᵣ)·Aᵣ + sin(tωᵣ)·Bᵣ) / sin ωᵣ for each row r, that is for all that leads to one output: nuslerp of
     rows.
@@ -134,7 +134,7 @@ def nuslerp_rows(*models: Either, weights: Weights, found: Gram) -> Either:
 # ------------------------------------------------------------------------------------------------ any number
 
 
-@merge_method(Grain.VALUES, looks=GRAM, linear=True, copies=1, refuse=refuse_shares("multislerp"))
+@merge_method(Grain.VALUES, looks=GRAM, linear=True, copies=1, shares=True, refuse=refuse_shares("multislerp"))
 def multislerp(*models: Either, weights: Weights, found: Gram) -> Either:
     """exp_m(Σ wᵢ·log_m(ûᵢ)) · Σ wᵢ‖modelᵢ‖: the models' directions ûᵢ averaged in the tangent space at their mean m.
 
@@ -150,7 +150,7 @@ def multislerp(*models: Either, weights: Weights, found: Gram) -> Either:
 _LIMITS = within("karcher", max_iter=(1, math.inf), tol=(0, math.inf))
 
 
-@merge_method(Grain.VALUES, looks=GRAM, linear=True, copies=1, refuse=refuse_shares("karcher", _LIMITS))
+@merge_method(Grain.VALUES, looks=GRAM, linear=True, copies=1, shares=True, refuse=refuse_shares("karcher", _LIMITS))
 def karcher(*models: Either, weights: Weights, found: Gram, max_iter: int = 10, tol: float = 1e-5) -> Either:
     """argmin_u Σ wᵢ·∠(u, ûᵢ)² · Σ wᵢ‖modelᵢ‖: the direction in the middle of all models' by angle, at their mean
     length.

@@ -9,14 +9,14 @@ import click
 from weightops.cli import options, render
 from weightops.errors import UsageError
 from weightops.lora.dialects import DIALECTS
-from weightops.merging.deltas import DELTA_METHODS
+from weightops.ops.blend import ways
 from weightops.ops.combine import PEERS, combine
 
 
 def _list_methods(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        counts = ((name, "any" if m.count is None else str(m.count), m) for name, m in DELTA_METHODS)
-        render.methods((name, count, m.parameters, m.summary) for name, count, m in counts)
+        own = ((name, m, [p for p in m.parameters if p.kind != "Weights"]) for name, m in ways())
+        render.methods((name, ", ".join(m.models), parameters, m.summary) for name, m, parameters in own)
         ctx.exit()
 
 

@@ -35,7 +35,12 @@ def _inner(*models: Tensor, found: None, **_parameters: Any) -> Gram:
 
 def _total(values: Sequence[Gram], found: None, **_parameters: Any) -> Gram:
     count = len(values[0])
-    return [[math.fsum(v[i][j] for v in values) for j in range(count)] for i in range(count)]
+    return [[_sum([v[i][j] for v in values]) for j in range(count)] for i in range(count)]
+
+
+def _sum(values: Sequence[float]) -> float:
+    """Exact; NaN where some are infinite, as models are that hold Inf or NaN."""
+    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
 
 
 # Of all models of a method: found[i][j] = ⟨modelᵢ, modelⱼ⟩ (Frobenius), in float64.

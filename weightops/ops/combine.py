@@ -16,9 +16,9 @@ from weightops.files.checkpoint import open_checkpoint
 from weightops.files.tensor import Slot, TensorSpec
 from weightops.lora.rank import RankRule, rules_for
 from weightops.lora.units import Unit
-from weightops.merging.deltas import DELTA_METHODS
 from weightops.naming.keymap import ARCHITECTURES
 from weightops.ops.adapter_modules import Base, settings_of
+from weightops.ops.blend import Blend, way
 from weightops.ops.combine_plan import line_up
 from weightops.ops.cutting import Cutting
 from weightops.ops.dialect_settings import folder_of, metadata_of, told_of_base
@@ -29,7 +29,6 @@ from weightops.ops.produce import Bar, Planned, check_words, named, stem
 from weightops.ops.report import Account, Report, Unused, modules
 from weightops.ops.respell import becomes, carry
 from weightops.ops.snapshots import ema_weights
-from weightops.ops.sums import Blend
 from weightops.plan import Grain, Input, Plan, Task
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def combine(
     loras: files, or "file:0.8", or (file, 0.8), of any families, ranks, dialects and spellings of one architecture. The
     result is Σ wᵢ·ΔWᵢ; a module that only one of them has is that one's, at its strength. rank, conv_rank, max_rank,
     max_conv_rank: as of `resize` (None: of each module the largest rank that comes in). exact: the ranks add up, and
-    nothing is cut. method: another way to combine than the sum (see weightops.merging.deltas), and its `settings`; to
+    nothing is cut. method: another way to combine than the sum (see weightops.ops.blend.ways), and its `settings`; to
     normalised ones strengths are shares. ema: an average of a training's snapshots, given in their order (see
     weightops.ops.snapshots). compat: "sd-scripts" repeats the numbers of its merge_lora.py, with `exact` those of its
     --concat. base: the model that they are for; with it, what depends on its weights (DoRA, OFT, …) takes part.
@@ -103,8 +102,7 @@ def combine(
         weights = [w for _, w in asked] if ema is None else ema_weights(str(ema), [f.metadata for f in files])
         blend = None
         if method != "sum" or settings:
-            chosen = DELTA_METHODS.get(method)
-            blend = Blend(chosen, dict(enumerate(weights)), chosen.check(settings or {}, weights), seed)
+            blend = Blend.of(method, weights, settings or {}, seed)
         model = None if base is None else Base.of(stack.enter_context(open_checkpoint(base)), len(files))
         wish = Wish(weights, dialect, architecture, exact, blend, compat)
         lined = line_up(files, wish, model)
@@ -146,7 +144,7 @@ def _check(
     asked: Sequence[tuple[Any, float]], *, exact: bool, ranked: str | None,
 ) -> None:  # fmt: skip
     """Refuse words that are unknown, or mean nothing together."""
-    DELTA_METHODS.get(method)
+    way(method)
     if architecture is not None:
         try:
             ARCHITECTURES.get(architecture)

@@ -179,6 +179,8 @@ def _module(lined: LinedUp, component: str, prefix: str, module: str, terms: Seq
     if blend is not None and len({term.source for term in terms}) == 1:  # nothing to combine it with
         terms = [replace(term, strength=blend.alone(term.source)) for term in terms]
         blend = None
+    elif blend is not None:
+        blend.check(term.source for term in terms)
     of = Sum(name, tuple(terms), shape, blend)
     parts = ["up", "down", *(["alpha"] if _says_alpha(lined) else []), *(["diff"] if _says_diff(lined) else [])]
     keys = {part: lined.claim(component, prefix, module, part) for part in parts}
@@ -281,6 +283,8 @@ def _vector(
         lined.lost |= {(summand.file, summand.source.key): why for summand in summands}
         return
     key = lined.claim(component, prefix, module, part)
+    if lined.wish.blend is not None:
+        lined.wish.blend.check(summand.file for summand in summands)
     lined.vectors.append(Vector(key, summands[0].source.spec.dtype, rows, tuple(summands), beside))
 
 

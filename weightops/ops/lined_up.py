@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from weightops.lora.family import Told
     from weightops.lora.pieces import Bands, Source
     from weightops.naming.keymap import Architecture
+    from weightops.ops.blend import Blend
     from weightops.ops.factor_plan import Module
-    from weightops.ops.sums import Blend, Placement
+    from weightops.ops.sums import Placement
 
 FileKey = tuple[int, str]
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightops.errors import ValueRefused, quote
 from weightops.lora.family import Parts, change, grain_of
 from weightops.lora.lowrank import LowRank, add, wide
-from weightops.merging.rounding import generator_for
 from weightops.plan import Input
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from weightops.files.tensor import Slot
     from weightops.lora.family import Family, Shape, Told
     from weightops.lora.pieces import Source
-    from weightops.merging.deltas import DeltaMethod
+    from weightops.ops.blend import Blend
 
 # Rows `start` to `stop` of a change, and the row of the sum at which they stand.
 Placement = tuple[int, int, int]
@@ -137,51 +136,6 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True)
-class Blend:
-    """Another way to combine the changes of several files than to add them: `weights` of these, by their numbers."""
-
-    method: DeltaMethod
-    weights: Mapping[int, float]
-    settings: Mapping[str, Any]
-    seed: int
-
-    @property
-    def shares(self) -> bool:
-        """Are the weights shares of one whole, so that twice as much of all of them is the same?"""
-        return self.method.name == "slerp" or bool(self.settings.get("normalize"))
-
-    def alone(self, file: int) -> float:
-        """The strength of what only this file has: nothing is there to share with."""
-        weight = self.weights[file]
-        return math.copysign(1.0, weight) if self.shares and weight else weight
-
-    def combined(self, name: str, parts: Mapping[int, Change | Tensor]) -> LowRank | Tensor:
-        """The changes of several files, by their numbers, combined: factors where that takes no matrix."""
-        import torch
-
-        from weightops.lora.overlap import gram
-
-        weights, changes = [self.weights[file] for file in parts], list(parts.values())
-        if not self.method.linear:
-            whole = [_by_rows(part) for part in changes]
-            out = torch.empty(whole[0].shape, device=whole[0].device)
-            self.method.fill(
-                whole, out, weights=weights, settings=self.settings,
-                random=lambda block: generator_for(self.seed, name, block),  # the CPU's, on every device
-            )  # fmt: skip
-            return out
-        products = [part for part in changes if isinstance(part, LowRank)]
-        if len(products) == len(changes):
-            numbers = self.method.coefficients(gram(products), weights, self.settings)
-            return add(*(part.scale(c) for part, c in zip(products, numbers, strict=True)))
-        whole = [_by_rows(part) for part in changes]
-        inner = [[0.0] * len(whole) for _ in whole]
-        for _, each in bands(whole):
-            add_products(inner, each)
-        return _matrix(whole, self.method.coefficients(inner, weights, self.settings))
-
-
-@dataclass(frozen=True, slots=True)
 class Sum:
     """Terms of one module, whose weight has this shape. blend: they are not added (and have no strengths then)."""
 
@@ -205,7 +159,7 @@ class Sum:
 
     @property
     def is_product(self) -> bool:
-        return all(term.is_product for term in self.terms) and (self.blend is None or self.blend.method.linear)
+        return all(term.is_product for term in self.terms) and (self.blend is None or self.blend.is_linear)
 
     @property
     def is_kronecker(self) -> bool:
@@ -253,7 +207,9 @@ class Sum:
         products = [terms for terms in own if all(term.is_product for term in terms)]
         found = self._rows_nbytes([terms for terms in own if terms not in products]) + result
         found += sum(_products_nbytes(terms, self.out, self.n) for terms in products)
-        return found + self.blend.method.nbytes(self.out, self.n, len(own)) + self.bands_nbytes(len(own))
+        if self.blend.is_linear:
+            return found + self.bands_nbytes(len(own))
+        return found + self.blend.nbytes(self.out, self.n, len(own))
 
     def matrix_nbytes(self) -> int:
         """What `total` leaves where it is a matrix."""
@@ -405,7 +361,7 @@ def total(of: Sum, inputs: Sequence[Tensor]) -> LowRank | Tensor:
         found = of.blend.combined(of.name, by_file(of, inputs))
     else:
         added = _added(of, list(zip(of.terms, of.split(inputs), strict=True)))
-        found = added if isinstance(added, LowRank) else _matrix([added], [1.0])
+        found = added if isinstance(added, LowRank) else added_up([added], [1.0])
     refuse_nonfinite(of, found)
     return found
 
@@ -471,7 +427,8 @@ def _rows(of: Sum, pairs: Sequence[tuple[Term, Sequence[Tensor]]]) -> Rows:
     return Rows((of.out, of.n), tuple(pieces), device, is_double)
 
 
-def _by_rows(given: Change | Tensor) -> Rows:
+def as_rows(given: Change | Tensor) -> Rows:
+    """A change that gives its rows."""
     import torch
 
     if isinstance(given, Rows):
@@ -503,7 +460,7 @@ def add_products(inner: list[list[float]], each: Sequence[Tensor]) -> None:
             inner[j][i] = inner[i][j]
 
 
-def _matrix(changes: Sequence[Rows], numbers: Sequence[float]) -> Tensor:
+def added_up(changes: Sequence[Rows], numbers: Sequence[float]) -> Tensor:
     """Σ number · change."""
     import torch
 

@@ -78,7 +78,8 @@ BAD_INPUTS = (
 
 @pytest.mark.parametrize("said", [
     *(recipe() | {"inputs": inputs} for inputs in BAD_INPUTS), None, [], 3, "merge", recipe(command=1),
-    recipe(version=None), recipe(version="0\n1"), recipe(command="m" * 41), recipe(deep=json.loads("[" * 101 + "]" * 101)),
+    recipe(version=None), recipe(version="0\n1"), recipe(command="m" * 41),
+    recipe(deep=json.loads("[" * 101 + "]" * 101)),
 ])  # fmt: skip
 def test_what_is_no_recipe_is_refused_in_a_line_and_brought_along_by_nobody(said: Any) -> None:
     with pytest.raises(FormatError) as e:

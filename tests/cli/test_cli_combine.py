@@ -215,7 +215,7 @@ BOTH = ("style.safetensors", "person.safetensors")
         (["style.safetensors", "nothing.safetensors"], 2, "error: nothing.safetensors: no such file"),
         (["style.safetensors", "person.safetensors:1e999"], 2, "error: person.safetensors: found strength inf"),
         ([*BOTH, "--exact", "--rank", "4"], 2, "error: --exact: keeps every rank"),
-        ([*BOTH, "--method", "tise"], 2, "error: unknown way to combine 'tise'"),
+        ([*BOTH, "--method", "tise"], 2, "error: unknown merge method 'tise'"),
         ([*BOTH, "--set", "density"], 2, "error: --set: found 'density', expected"),
         ([*BOTH, "--rank", "many"], 2, "error: --rank: found 'many', expected"),
         ([*BOTH, "--memory", "1kB"], 2, "error: --memory: 1,000 bytes are too few"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from loras import deltas, raw
 
+from weightops.errors import UsageError
 from weightops.ops.combine import combine
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from weightops.merging.method import MergeMethod
     from weightops.ops.report import Report
 
 OUT = Path("out.safetensors")
@@ -47,6 +49,26 @@ def sizes(*loras: tuple[Path, float], names: Sequence[Mapping[str, str]] = ()) -
         for name, delta in deltas(path).items():
             found[names[number][name] if names else name] += abs(strength) * float(delta.norm())
     return dict(found)
+
+
+# What methods cannot do without.
+NEEDED: dict[str, dict[str, Any]] = {"nearswap": {"threshold": 0.01}}
+
+
+def settings_for(method: MergeMethod, weights: Sequence[float]) -> dict[str, Any]:
+    """Its settings, with these weights where it has any, checked. Raises UsageError where they make no sense."""
+    own = tuple(weights)[method.fixed :]
+    given = {p.name: own for p in method.parameters if p.kind == "Weights"}
+    return method.check({**NEEDED.get(method.name, {}), **given}, len(weights))
+
+
+def takes(method: MergeMethod, weights: Sequence[float]) -> bool:
+    """As many files, of these strengths?"""
+    try:
+        settings_for(method, weights)
+    except UsageError:
+        return False
+    return True
 
 
 def matrices(path: Path = OUT) -> dict[str, Tensor]:

@@ -752,7 +752,7 @@ def plain(*names: str, **words: Any) -> list[Path]:
         ({"max_conv_rank": 4}, "--max-conv-rank: is for a rule, and --rank has none", None),
         ({"rank": 0}, "--rank: found 0, expected a rank of 1 or more, or a rule such as energy:0.9", None),
         ({"rank": "enrgy:0.5"}, "--rank: found 'enrgy:0.5', expected", "did you mean 'energy'?"),
-        ({"method": "tise"}, "unknown way to combine 'tise'", "did you mean 'ties'?"),
+        ({"method": "tise"}, "unknown merge method 'tise'", "did you mean 'ties'?"),
         ({"settings": {"density": 0.5}}, "--set: sum has no parameter 'density'", "it has none"),
         ({"method": "ties", "settings": {"densty": 1}}, "--set: ties has no parameter 'densty'", "it has density, "),
         ({"method": "ties", "settings": {"density": 2}}, "ties, density: found 2, expected a number above 0", None),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from combining import NEEDED, takes
 from conftest import save
 from test_fuse_memory import taken
 from test_resize_memory import KERNEL, KERNELS, MODULE, WEIGHTS, WIDE, adapter, others, told
@@ -16,14 +17,13 @@ from test_resize_memory import KERNEL, KERNELS, MODULE, WEIGHTS, WIDE, adapter, 
 from weightops.engine.chunks import LARGEST_DEFAULT, smallest_memory
 from weightops.errors import MemoryRefused
 from weightops.files.checkpoint import open_checkpoint
-from weightops.merging.deltas import DELTA_METHODS
 from weightops.ops.adapter_modules import Base
+from weightops.ops.blend import Blend, way, ways
 from weightops.ops.combine import combine
 from weightops.ops.combine_plan import line_up
 from weightops.ops.factor_plan import build, scans
 from weightops.ops.interference import meetings
 from weightops.ops.lined_up import Wish
-from weightops.ops.sums import Blend
 from weightops.plan import Plan
 
 torch.set_num_threads(1)
@@ -99,7 +99,7 @@ def test_sums_and_how_they_meet_take_no_more_than_the_plan_says(
         assert_kept(meetings([module.of], sources, wish.strengths), sources, {}, "meetings")
 
 
-@pytest.mark.parametrize("method", [name for name, _ in DELTA_METHODS])
+@pytest.mark.parametrize("method", [name for name, _ in ways()])
 @pytest.mark.parametrize(
     ("kinds", "shape", "dtype"),
     [
@@ -115,9 +115,9 @@ def test_methods_take_no_more_than_the_plan_says(
     kinds: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype, method: str
 ) -> None:
     based(shape)
-    found = DELTA_METHODS.get(method)
-    weights = [0.7, 0.4]
-    blend = Blend(found, dict(enumerate(weights)), found.check({}, weights), 0)
+    weights = next(w for w in ([0.7, 0.4], [0.7, 0.4, 0.2]) if takes(way(method), w))
+    kinds = (*kinds, kinds[0])[: len(weights)]
+    blend = Blend.of(method, weights, NEEDED.get(method, {}), 0)
     stack, (module,), sources = modules(kinds, shape, dtype, Wish(weights, architecture="sd15", blend=blend))
     with stack:
         for rank in (8, min(200, module.of.most)):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from combining import OUT, accounted, combined, matrices, optimum, rows
+from combining import NEEDED, OUT, accounted, combined, matrices, optimum, rows, settings_for, takes
 from locon import KERNEL, KEY, MODULES, POINT, QUERY, locon, off, values_of
 from loras import Maker, deltas, metadata_of, modules_of, named, save, tensors_of
 
 from weightops.errors import MemoryRefused, MismatchError, UsageError
 from weightops.lora.dialects import DIALECTS
-from weightops.merging.deltas import DELTA_METHODS
+from weightops.merging.expression import apply
+from weightops.merging.method import METHODS
 from weightops.merging.rounding import generator_for
+from weightops.ops.blend import Blend, ways
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,7 +38,7 @@ Weights = tuple[float, ...]
 
 def drawn(name: str, count: int, shape: tuple[int, int], seed: int) -> list[Tensor]:
     """The random numbers of a module: of its first block of rows, one change after the other."""
-    generator = generator_for(seed, name, 0)
+    generator = generator_for(seed, f"{name}\0000", 0)
     return [torch.rand(shape, generator=generator).double() for _ in range(count)]
 
 
@@ -103,8 +106,12 @@ SETTINGS: list[tuple[str, dict[str, Any], Callable[..., Tensor]]] = [
     ("dare_ties", {"normalize": False},
      lambda d, w, name, seed: elected(dropped(d, w, name, seed), w, mean=False)),
 ]  # fmt: skip
+ALL = [name for name, _ in ways()]
 # Whose strengths are shares, unless they are told not to normalise.
-SHARED = ("slerp", "ties", "dare_ties", "della")
+SHARED = (
+    "breadcrumbs_ties", "dare_ties", "della", "geometric_median", "karcher", "multislerp", "nuslerp", "nuslerp_rows",
+    "sce", "slerp", "ties", "weighted_sum",
+)  # fmt: skip
 PLAIN = {QUERY: MODULES[QUERY], KEY: MODULES[KEY], KERNEL: MODULES[KERNEL]}
 
 
@@ -116,39 +123,64 @@ def files(method: str, dtype: torch.dtype = torch.float32) -> tuple[list[Path], 
     loha = {".hada_w1_a": t(32, 2), ".hada_w1_b": t(2, 24), ".hada_w2_a": t(32, 2), ".hada_w2_b": t(2, 24)}
     second |= named({KEY: {ending: 0.2 * tensor for ending, tensor in loha.items()}})
     third = locon({QUERY: MODULES[QUERY]}, rank=3, seed=3, dtype=dtype) | {f"{KEY}.diff": 0.1 * t(32, 24)}
-    given = [first, second] if DELTA_METHODS.get(method).count == 2 else [first, second, third]
-    weights = (0.8, 0.6) if method == "slerp" else (0.8, -0.6, 1.2)[: len(given)]
+    weights = next(w for w in STRENGTHS if takes(METHODS.get(method), w))
+    given = [first, second, third][: len(weights)]
     return [save(Path(f"{name}.safetensors"), found) for name, found in zip("abc", given, strict=False)], weights
 
 
+STRENGTHS: list[Weights] = [(0.8, -0.6, 1.2), (0.8, 0.6, 1.2), (0.8, -0.6), (0.8, 0.6)]
+
+
+def merged(method: str) -> Callable[..., Tensor]:
+    """What a merge makes of dense matrices; by a method that has no weights for them, of these at their strengths."""
+
+    def do(deltas: Sequence[Tensor], weights: Weights, *, name: str, seed: int) -> Tensor:
+        found, out = METHODS.get(method), torch.empty_like(deltas[0])
+        own = any(p.kind == "Weights" for p in found.parameters)
+        given = deltas if own else [w * d for w, d in zip(weights, deltas, strict=True)]
+        apply(found, given, out, settings_for(found, weights), seed=seed, name=name)
+        return out
+
+    return do
+
+
 def expected(
-    paths: Sequence[Path], weights: Weights, do: Callable[..., Tensor], seed: int, *, shares: bool
+    paths: Sequence[Path], weights: Weights, do: Callable[..., Tensor], seed: int, *, shares: bool, every: bool = False
 ) -> dict[str, Tensor]:
-    """Each module by the reference; what one file alone has, at its strength, or as it is with shares."""
+    """Each module by the reference; what one file alone has, at its strength, or as it is with shares.
+
+    every: what a file does not change is a change of nothing.
+    """
     by_file = [{name: delta.flatten(1) for name, delta in deltas(path).items()} for path in paths]
     found = {}
     for name in dict.fromkeys(name for changes in by_file for name in changes):
         mine = [(changes[name], w) for changes, w in zip(by_file, weights, strict=True) if name in changes]
         if len(mine) == 1:
             found[name] = mine[0][0] * (math.copysign(1, mine[0][1]) if shares else mine[0][1])
+        elif every:
+            nothing = torch.zeros_like(mine[0][0])
+            whole = [changes.get(name, nothing) for changes in by_file]
+            found[name] = do(whole, weights, name=name, seed=seed)
         else:
             found[name] = do([d for d, _ in mine], tuple(w for _, w in mine), name=name, seed=seed)
     return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", [name for name, _ in DELTA_METHODS])
+@pytest.mark.parametrize("method", ALL)
 def test_each_method_is_what_it_is_on_dense_matrices(method: str, dtype: torch.dtype) -> None:
     """At all ranks it is that matrix; at fewer, its best approximation, and nothing has less of an error."""
     paths, weights = files(method, dtype)
-    goal = expected(paths, weights, REFERENCES[method], 5, shares=method in SHARED)
+    do, every = REFERENCES.get(method, merged(method)), not METHODS.get(method).is_open
+    goal = expected(paths, weights, do, 5, shares=method in SHARED, every=every)
     loras = list(zip(paths, weights, strict=True))
-    report = combined(*loras, method=method, rank=99, dtype="fp32", seed=5)
+    more = {"settings": NEEDED.get(method)}
+    report = combined(*loras, method=method, rank=99, dtype="fp32", seed=5, **more)
     found = matrices()
     assert found.keys() == goal.keys()
     for name, delta in goal.items():
         assert off(delta, found[name]) < 2e-6, name
-    report = combined(*loras, method=method, rank=3, dtype="fp32", seed=5)
+    report = combined(*loras, method=method, rank=3, dtype="fp32", seed=5, **more)
     for name, delta in goal.items():
         least = optimum(values_of(delta), 3)
         assert math.isclose(off(delta, matrices()[name]), least, rel_tol=1e-5, abs_tol=2e-6), name
@@ -166,7 +198,7 @@ def test_a_methods_settings_reach_it(method: str, settings: dict[str, Any], do: 
         assert off(delta, matrices()[name]) < 2e-6, name
 
 
-@pytest.mark.parametrize("method", [name for name, found in DELTA_METHODS if found.draws])
+@pytest.mark.parametrize("method", [name for name, found in ways() if found.draws])
 def test_chance_depends_on_the_seed_alone(method: str) -> None:
     paths, weights = files(method, torch.float16)
     found: dict[int, set[bytes]] = {0: set(), 7: set()}
@@ -180,11 +212,11 @@ def test_chance_depends_on_the_seed_alone(method: str) -> None:
     assert found[0] != found[7]
 
 
-@pytest.mark.parametrize("method", [name for name, found in DELTA_METHODS if found.linear])
+@pytest.mark.parametrize("method", [name for name, found in ways() if found.linear and takes(found, (0.8, 0.6))])
 def test_linear_methods_keep_their_ranks_exactly(method: str) -> None:
     """They are sums with other numbers: no rank need be asked for, and all of them may be kept."""
     paths = [save(Path(f"{name}.safetensors"), locon(PLAIN, rank=4, seed=n)) for n, name in enumerate("ab")]
-    goal = expected(paths, (0.8, 0.6), REFERENCES[method], 0, shares=method in SHARED)
+    goal = expected(paths, (0.8, 0.6), REFERENCES.get(method, merged(method)), 0, shares=method in SHARED)
     report = combined(*zip(paths, (0.8, 0.6), strict=True), method=method, exact=True)
     for name, delta in goal.items():
         assert off(delta, matrices()[name]) < 2e-6
@@ -195,17 +227,18 @@ def test_linear_methods_keep_their_ranks_exactly(method: str) -> None:
         assert math.isclose(off(delta, matrices()[name]), optimum(values_of(delta), 4), rel_tol=1e-5, abs_tol=2e-6)
 
 
-@pytest.mark.parametrize("method", [name for name, _ in DELTA_METHODS])
+@pytest.mark.parametrize("method", ALL)
 def test_the_largest_matrices_of_models_fit_into_the_default_memory(method: str) -> None:
     """SD1.5's largest kernel, and Flux' packed linear1: a method holds one matrix, and not one for each file."""
     t = Maker(1, torch.float16)
     kernel = {"lora_unet_up_blocks_0_resnets_0_conv1": t.lora(1280, 2560, 4, kernel=(3, 3))}
     linear1 = {"lora_unet_single_blocks_1_linear1": t.lora(21504, 3072, 4)}
+    count = next(count for count in (2, 3) if takes(METHODS.get(method), [1.0] * count))
     for modules, architecture in ((kernel, "sd15"), (linear1, "flux")):
-        paths = [save(Path(f"{name}.safetensors"), named(modules)) for name in "ab"]
-        words = {"method": method, "architecture": architecture, "dry_run": True}
+        paths = [save(Path(f"{n}.safetensors"), named(modules)) for n in range(count)]
+        words = {"method": method, "architecture": architecture, "dry_run": True, "settings": NEEDED.get(method)}
         combined(*paths, rank=32, **words)
-        if architecture == "sd15" or DELTA_METHODS.get(method).linear:
+        if architecture == "sd15" or METHODS.get(method).linear:
             combined(*paths, rank="energy:0.9", **words)
         else:  # all singular values of it are another matter, and told of at once
             with pytest.raises(MemoryRefused, match=r"^--memory: 419,430,400 bytes are too few: "):
@@ -216,8 +249,8 @@ def test_methods_refuse_what_they_cannot_do() -> None:
     paths, weights = files("ties")
     loras = list(zip(paths, weights, strict=True))
     with pytest.raises(UsageError) as caught:
-        combined(*loras, method="slerp", rank=4)
-    assert str(caught.value) == "slerp: found 3 to combine, expected 2"
+        combined(*paths, method="slerp", rank=4)
+    assert str(caught.value) == "slerp: found 3 models, expected two"
     with pytest.raises(UsageError, match=r"^slerp, weights: found -0\.6, expected none below 0$"):
         combined(*loras[:2], method="slerp", rank=4)
     with pytest.raises(
@@ -226,11 +259,58 @@ def test_methods_refuse_what_they_cannot_do() -> None:
         combined(*loras, method="della", settings={"epsilon": 0.6}, rank=4)
     save(Path("b.safetensors"), {k: -t if "lora_up" in k else t for k, t in locon(PLAIN, seed=1).items()})
     save(Path("a.safetensors"), locon(PLAIN, seed=1))
-    with pytest.raises(MismatchError, match="two changes point in opposite directions"):
+    with pytest.raises(MismatchError, match="models point in opposite directions"):
         combined("a.safetensors", "b.safetensors", method="slerp")
     with pytest.raises(UsageError, match=r"^--rank: found none, and 3 modules come in without a rank"):
         combined(*loras, method="ties")
     assert not OUT.exists()
+
+
+def test_methods_that_need_more_than_changes_are_refused() -> None:
+    paths, _ = files("sum")
+    for method in ("fisher", "arcee_fusion", "ram_plus", "truncate_rank", "add", "rotate"):
+        with pytest.raises(UsageError) as caught:
+            combined(*paths, method=method)
+        assert str(caught.value) == f"--method: {method} merges models, and cannot combine LoRAs"
+        assert caught.value.hint == "--list-methods shows what can"
+    with pytest.raises(UsageError) as caught:
+        combined(*paths, method="tise")
+    assert str(caught.value) == "unknown merge method 'tise'"
+    assert caught.value.hint == "did you mean 'ties'?"
+    with pytest.raises(UsageError, match=r"^--set: the weights are the strengths of the files$"):
+        combined(*paths, method="ties", settings={"weights": "1,2,3"})
+    with pytest.raises(UsageError, match=r"^--set: sum has no parameter 'density'$"):
+        combined(*paths, settings={"density": 1})
+    with pytest.raises(UsageError, match=r"^euclidean_add: takes the models a, b, found 3$"):
+        combined(*paths, method="euclidean_add")
+    assert not OUT.exists()
+
+
+def test_strengths_that_cancel_out_in_one_module_are_refused_from_headers() -> None:
+    """Of all three they are shares; of the two files that change one of the modules they sum to nothing."""
+    paths, _ = files("weighted_sum")
+    with pytest.raises(UsageError, match=r"^weighted_sum, weights: they sum to 0 and cannot be normalised$"):
+        combined((paths[0], 0.5), (paths[1], -0.5), (paths[2], 1.0), method="weighted_sum", rank=4, dry_run=True)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_strengths_are_shares_where_it_is_said(method: str) -> None:
+    """And only there: a method that has no weights for the changes takes each at its strength."""
+    found = METHODS.get(method)
+    weights = next(w for w in STRENGTHS if takes(found, w))
+    matrices = [Maker(n)(12, 10).double() for n in range(len(weights))]
+    once, twice = (merged(method)(matrices, tuple(times * w for w in weights), name="", seed=0) for times in (1.0, 2.0))
+    blend = Blend.of(method, weights, NEEDED.get(method, {}), 0)
+    assert blend.shares == (method in SHARED) == torch.allclose(once, twice, rtol=1e-9)
+    assert [blend.alone(n) for n in range(len(weights))] == (
+        [math.copysign(1, w) for w in weights] if blend.shares else list(weights)
+    )
+
+
+def test_the_readme_names_the_methods() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (named,) = re.findall(r"^`combine --method` takes (.*?), as `merge` does", readme, re.DOTALL | re.MULTILINE)
+    assert re.findall(r"`([a-z_]+)`", named) == ALL
 
 
 def test_shares_are_told_of() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -120,7 +119,8 @@ def test_so_it_is_whatever_the_memory_and_the_threads() -> None:
 
 @pytest.mark.parametrize("words", [
     {"alpha": 0.3, "blocks": "layers.1=0.9"}, {"weights": (1, -2), "normalize": False}, {"dtype": "bf16"},
-    {"dtype": "fp32", "vae": "1"}, {"alpha": 1, "blocks": "layers.1=0"}, {"base": "c.safetensors", "alpha": 0.7}, {"method": "slerp", "alpha": 0.25},
+    {"dtype": "fp32", "vae": "1"}, 
+    {"alpha": 1, "blocks": "layers.1=0"}, {"base": "c.safetensors", "alpha": 0.7}, {"method": "slerp", "alpha": 0.25},
     {"method": "ties", "base": "c.safetensors", "parameters": {"density": 0.3}, "alpha": 0.8},
 ], ids=str)  # fmt: skip
 def test_the_words_of_a_merge_are_those_of_its_recipe(words: dict[str, Any]) -> None:
@@ -146,12 +146,34 @@ def test_a_recipe_with_a_lora_and_a_tree_is_made_again() -> None:
           add:
             - {slerp: [a.safetensors, b.safetensors], alpha: 0.4}
             - {lora: l.safetensors, strength: 0.6}
-            - {ties: [{difference: [c.safetensors, a.safetensors]}, {lora: k.safetensors}], strength: -0.3, density: 0.5}
+            - {ties: [{difference: [c.safetensors, a.safetensors]}, {lora: k.safetensors}], strength: -0.3}
         dtype: bf16
         """)
     assert line() == IDENTICAL
     shutil.move("k.safetensors", "other.safetensors")
     assert line() == IDENTICAL
+
+
+def test_a_model_of_which_only_keys_and_dtypes_are_taken_is_read_as_it_was() -> None:
+    three()
+    key = "model.diffusion_model.out.2.weight"
+    for n, name in enumerate("xyz"):
+        tensors = {key: torch.full((3,), float(n)), "model_ema.diffusion_modelout2weight": torch.full((3,), 9.0 + n)}
+        tensors["first_stage_model.decoder.conv_in.weight"] = torch.full((2,), float(n))
+        save(Path(f"{name}.safetensors"), tensors)
+    recipe("""
+        merge: {weighted_sum: [x.safetensors, {model: y.safetensors, ema: true}]}
+        like: {model: z.safetensors, ema: true}
+        """)
+    assert said()["like_ema"] is True
+    assert line() == "identical: 2 tensors and the header, byte for byte"
+
+
+def test_each_file_of_a_grid_is_made_again() -> None:
+    a, b, _ = three()
+    weightops.merge(a, b, grid={"alpha": [0.2, 0.4]}, output="grid")
+    found = sorted(Path("grid").glob("*.safetensors"))
+    assert [line(file, ".") for file in found] == [IDENTICAL] * 2
 
 
 def test_nan_and_inf_are_made_again() -> None:
@@ -510,7 +532,10 @@ def odd_recipes(recipe: Any, seed: int) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("verb", ["merge", "fuse", "extract, by energy", "resize, by energy", "combine, ties", "convert"])
+ODDLY = ("merge", "fuse", "extract, by energy", "resize, by energy", "combine, ties", "convert")
+
+
+@pytest.mark.parametrize("verb", ODDLY)
 def test_no_recipe_however_odd_is_more_than_a_line(verb: str) -> None:
     """It is made again, or refused: no other exception, and no file is opened but those that lie there."""
     three(), lora("l.safetensors", 5), lora("k.safetensors", 6, 2)
@@ -530,11 +555,13 @@ def test_no_recipe_however_odd_is_more_than_a_line(verb: str) -> None:
         except ValueError:  # more digits than Python writes
             continue
         save(OUT, tensors, {"weightops": text})
+        error = ""
         try:
             weightops.replay(OUT)
         except WeightopsError as e:
-            refused += 1
-            assert len(str(e).splitlines()) == 1
-            assert len(str(e)) < 1000
+            error = str(e)
+        refused += bool(error)
+        assert len(error.splitlines()) <= 1
+        assert len(error) < 1000
     assert refused > 20
-    assert not [name for name in os.listdir() if "replay" in name]
+    assert not list(Path().glob("*replay*"))

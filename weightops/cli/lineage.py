@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from weightops.errors import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from rich.console import Console
 
 _SHOWN = 60  # lines, unless all are asked for
@@ -62,11 +63,11 @@ def _made(recipe: Mapping[str, Any], verbose: bool) -> _Branch:
     told: set[int] = set()
     if isinstance(recipe.get("merge"), dict):
         made.children.append(_node(recipe["merge"], inputs, told, verbose))
-    strengths = recipe.get("strengths")
-    base = len(inputs) - len(strengths) if recipe["command"] == "fuse" and isinstance(strengths, list) else 0
+    strengths = recipe["strengths"] if isinstance(recipe.get("strengths"), list) else []
+    first = 1 if recipe["command"] == "fuse" else 0  # the checkpoint has none
     for number in (n for n in range(len(inputs)) if n not in told):
-        strength = strengths[number - base : number - base + 1] if isinstance(strengths, list) and number >= base else []
-        before = f"{_value(strength[0], verbose)} × " if strength else ""
+        is_lora = 0 <= number - first < len(strengths)
+        before = f"{_value(strengths[number - first], verbose)} × " if is_lora else ""
         before = "VAE of " if recipe.get("vae") == {"file": number} else before
         made.children.append(_input(inputs[number], before, verbose))
     return made

@@ -32,8 +32,8 @@ def command(file: str, as_json: bool, quiet: bool, verbose: bool, **rest: Any) -
     weightops replay merged.safetensors --in models --in loras -o again.safetensors
 
     Inputs are looked for beside FILE, by name, and under other names by the hash of what was read of them. Exit code 0:
-    every tensor is the same; 1: one is not, and it is said whether an input has changed, and which. The bytes are those
-    of one device: what a GPU made is made again on one.
+    every tensor is the same; 1: one is not, and it is said whether an input has changed, and which. A GPU may round
+    otherwise than a CPU: --device is to be what it was.
     """
     with render.progress("making again", quiet=quiet or as_json) as on_progress:
         report = replay(file, on_progress=on_progress, **rest)

@@ -202,9 +202,10 @@ def kept_between(values: Tensor, low: float, high: float) -> Tensor:
     import numpy as np
 
     found = kept(values, low)
-    if math.isnan(high):
+    if not high < math.inf:  # or it is NaN
         return found
-    return found.sub_(kept(values, float(np.nextafter(np.float32(high), np.float32(math.inf)))))
+    above = (np.float32(high).view(np.uint32) + np.uint32(1)).view(np.float32)
+    return found.sub_(kept(values, float(above)))
 
 
 def _below(limit: float, *, wide: bool) -> float:

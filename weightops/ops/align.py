@@ -35,6 +35,7 @@ class Alignment:
         self.identity = identity
         self._pieces: dict[str, list[tuple[Name, Place]]] | None = None
         self._views: dict[int, dict[Name, Place]] = {}
+        self._alike: dict[int, dict[str, str]] = {}
 
     def add(self, number: int, model: Checkpoint, identity: Identity) -> None:
         """Take in a model; its names are read where it lacks a key of the first and both have known networks."""
@@ -79,9 +80,11 @@ class Alignment:
 
     def counterparts(self, number: int) -> Mapping[str, str]:
         """Keys of the model -> the first's key that holds the same canonical tensor, where they are spelled apart."""
-        mine = {name: key for key, found in (self._pieces or {}).items() for name, _ in found}
-        view = self._views.get(number, {})
-        return {found.slot.key: mine[name] for name, found in view.items() if name in mine}
+        if number not in self._alike:
+            mine = {name: key for key, found in (self._pieces or {}).items() for name, _ in found}
+            view = self._views.get(number, {})
+            self._alike[number] = {found.slot.key: mine[name] for name, found in view.items() if name in mine}
+        return self._alike[number]
 
 
 def places_of(model: Checkpoint, identity: Identity) -> dict[Name, Place]:

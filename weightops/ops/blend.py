@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def combines(method: MergeMethod) -> bool:
-    """Can it combine changes? It takes nothing else, several of them, of one weight alone, and not all of it at once."""
+    """Can it combine changes? It takes nothing else, several of them, and needs neither a weight whole nor others."""
     return (
         {*method.roles} <= {"Delta", "Either"}
         and (method.is_open or method.fixed > 1)

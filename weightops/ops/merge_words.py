@@ -74,11 +74,14 @@ def said(recipe: Recipe, numbers: Mapping[str, int], models: Sequence[Model]) ->
             found["statistics"] = [numbers[file] for file in node.statistics]
         return found
 
+    # Of one that stands in the tree, the tree says it.
+    averaged = {"like_ema": True} if recipe.like.ema and recipe.like not in leaves(recipe.root) else {}
     return {
         "command": "merge",
         "version": __version__,
         "merge": of(recipe.root),
         "like": models.index(recipe.like),
+        **averaged,
         "numbered": [models.index(m) for m in recipe.numbered],
         "vae": recipe.vae if recipe.vae == "merge" or recipe.vae.isdecimal() else {"file": numbers[recipe.vae]},
         "text_encoder": recipe.text_encoder,

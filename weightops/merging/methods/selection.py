@@ -190,7 +190,7 @@ def ram_plus(
 
 def _importance(a: Tensor, b: Tensor) -> Tensor:
     """|b − a|, times the divergence of the row in which it stands."""
-    rows = [m.reshape(1, -1) if m.ndim < 2 else m.reshape(len(m), -1) for m in (a, b)]
+    rows = [m.reshape(1, -1) if m.ndim < 2 else m.flatten(1) for m in (a, b)]
     p, q = rows[1].log_softmax(1), rows[0].log_softmax(1)
     divergence = (p.exp() * (p - q)).sum(1, keepdim=True).clamp_min_(0)
     return ((rows[1] - rows[0]).abs_() * divergence).reshape(a.shape)

@@ -43,8 +43,9 @@ def _trimmed(deltas: Sequence[Tensor], weights: Weights, found: Limits) -> Itera
 def magnitude(*deltas: Delta, found: Limits, weights: Weights, density: Share = 0.5) -> Delta:
     """Σ wᵢ·δᵢ, where δᵢ keeps the largest values of Δᵢ, so many that their share of all is `density`.
 
-    What equals the smallest value that is kept is kept too. As PEFT's magnitude_prune, which rounds the number of
-    values down and of equal ones keeps some; nothing is rescaled, where mergekit can restore the sum of magnitudes.
+    What equals the smallest value that is kept is kept too; nothing is rescaled.
+    Source: the trimming of Yadav et al. 2023, arXiv:2306.01708, without the election. PEFT's magnitude_prune is the
+    same, but for rounding the number of values down, and of equal ones it keeps some.
     """
     return _sum(_trimmed(deltas, weights, found))
 
@@ -200,7 +201,7 @@ def _chances(change: Tensor, density: float, epsilon: float) -> Tensor:
     """The chance of each value to be kept: density ± epsilon, evenly by the rank of its magnitude in its row."""
     import torch
 
-    rows = change.reshape(1, -1) if change.ndim < 2 else change.reshape(len(change), -1)
+    rows = change.reshape(1, -1) if change.ndim < 2 else change.flatten(1)
     order = rows.abs().argsort(dim=1, stable=True)
     n = rows.shape[1]
     low, high = (density - epsilon, density + epsilon) if n > 1 else (density, density)

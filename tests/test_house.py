@@ -173,7 +173,7 @@ def test_no_module_changes_anything_when_it_is_imported() -> None:
     """Definitions and registration only: no call at the top of a file but of what makes a value."""
     allowed = re.compile(
         r"frozenset|tuple|dict|re\.compile|TypeVar|Registry|threading\.local|ContextVar|namedtuple"
-        r"|click\.option|together|run|console|Dtype|Entry|struct\.Struct|max|same|under|Variant|within|ranked|Look"
+        r"|click\.option|together|run|console|Dtype|Entry|struct\.Struct|max|same|under|Variant|within|refuse_shares|ranked|Look"
     )
     for path in FILES:
         for node in tree_of(path).body:

@@ -11,7 +11,7 @@ from commandline import Done, weightops_here
 from conftest import save
 from safetensors.torch import load_file
 
-from weightops.merging.deltas import DELTA_METHODS
+from weightops.ops.blend import ways
 
 QUERY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 POINT = "lora_unet_down_blocks_0_attentions_0_proj_in"
@@ -157,9 +157,12 @@ def test_a_base_makes_loras_of_what_depends_on_it() -> None:
 def test_the_methods_are_listed_with_their_settings() -> None:
     found = weightops_here("combine", "--list-methods")
     assert found.code == 0, found.err
-    for name, method in DELTA_METHODS:
+    assert len(ways()) > 25
+    for name, method in ways():
         assert name in found.out
-        assert all(parameter.name in found.out for parameter in method.parameters)
+        assert all(parameter.name in found.out for parameter in method.parameters if parameter.kind != "Weights")
+    assert "fisher" not in found.out
+    assert "weights," not in found.out, "they are the files' strengths"
 
 
 def test_to_look_writes_nothing() -> None:

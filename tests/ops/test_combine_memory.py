@@ -99,15 +99,22 @@ def test_sums_and_how_they_meet_take_no_more_than_the_plan_says(
         assert_kept(meetings([module.of], sources, wish.strengths), sources, {}, "meetings")
 
 
-@pytest.mark.parametrize("method", [name for name, _ in ways()])
+MIXED: list[tuple[tuple[str, ...], tuple[int, ...], torch.dtype]] = [
+    (("full", "lora"), NARROW, F32),
+    (("lora", "lora of many ranks"), NARROW, F16),
+    (("lora", "lora"), WIDE, F32),
+    (("dora", "oft"), WIDE, F16),
+    (("lora", "tucker"), KERNELS, F16),
+]
+
+
 @pytest.mark.parametrize(
-    ("kinds", "shape", "dtype"),
+    ("method", "kinds", "shape", "dtype"),
+    # Of those that take most, and one that is linear, in all; the others where changes are products, and where not.
     [
-        (("lora", "lora of many ranks"), NARROW, F16),
-        (("lora", "lora"), WIDE, F32),
-        (("full", "lora"), NARROW, F32),
-        (("dora", "oft"), WIDE, F16),
-        (("lora", "tucker"), KERNELS, F16),
+        (name, *case)
+        for name, method in ways()
+        for case in MIXED[: 5 if method.draws or name in ("ties", "sce", "slerp", "nuslerp_rows") else 2]
     ],
     ids=lambda value: str(value)[:60],
 )

@@ -307,6 +307,30 @@ def test_strengths_are_shares_where_it_is_said(method: str) -> None:
     )
 
 
+def test_changes_of_two_shapes_are_our_own_mistake() -> None:
+    blend = Blend.of("ties", (1.0, 1.0), {}, 0)
+    with pytest.raises(ValueError, match=r"^changes of shapes \[\(2, 3\), \(3, 2\)\] are no changes of one weight$"):
+        blend.combined("a weight", {0: torch.zeros(2, 3), 1: torch.zeros(3, 2)})
+
+
+def test_each_block_of_rows_has_its_own_numbers_and_bits_do_not_depend_on_the_blocks_that_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes = {n: Maker(n)(60, 50) for n in range(3)}
+    for method in ("ties", "sce", "magnitude"):
+        blend, found = Blend.of(method, (1.0, 0.5, -0.7), {"density": 0.4}, 0), []
+        for values in (1, 700, 1 << 20):
+            monkeypatch.setattr("weightops.ops.blend.BLOCK_VALUES", values)
+            found.append(blend.combined("a weight", dict(changes)))
+        assert all(torch.equal(found[0], other) for other in found[1:])
+    monkeypatch.setattr("weightops.ops.blend.BLOCK_VALUES", 1000)
+    found = Blend.of("dare", (1.0,), {}, 0).combined("a weight", {0: torch.ones(60, 50)})
+    blocks = (found != 0).split(20)
+    assert not torch.equal(blocks[0], blocks[1])
+    again = torch.rand(20, 50, generator=generator_for(0, "a weight\0000", 1)) < 0.5
+    assert torch.equal(blocks[1], again)
+
+
 def test_the_readme_names_the_methods() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (named,) = re.findall(r"^`combine --method` takes (.*?), as `merge` does", readme, re.DOTALL | re.MULTILINE)

@@ -70,8 +70,8 @@ COMPONENTS = "known are ema, optimizer, schedule, vae, text_encoder, safety_chec
 @pytest.mark.parametrize(
     ("count", "words", "message", "hint"),
     [
-        (0, {}, "merge: found 0 model, expected two or more", None),
-        (1, {}, "merge: found 1 model, expected two or more", None),
+        (0, {}, "merge: found 0 models, expected two or more, or a recipe", None),
+        (1, {}, "merge: found 1 model, expected two or more, or a recipe", None),
         (2, {"alpha": 0.5, "weights": (1, 1)}, "--alpha: given together with --weights, expected one of the two", None),
         (3, {"alpha": 0.5}, "--alpha: is for two models, found 3", "give --weights, one per model"),
         (2, {"alpha": math.nan}, "--alpha: found nan, expected a finite number", None),

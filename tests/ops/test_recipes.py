@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import save
 from safetensors.torch import load_file
+from test_align import NOT_WEIGHTS
 from test_fuse import FLUX, delta, flux_lora, tiny, weights
 
 import weightops
@@ -22,7 +23,7 @@ from weightops.merging.recipe import Lora, Model, Recipe, Varied, merged, over
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "naming"))
 
-from tagged import from_canonical, needs_lists, to_canonical
+from tagged import from_canonical, needs_lists, shapes_of, to_canonical
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +52,12 @@ def models(dtype: torch.dtype = torch.float16) -> dict[str, dict[str, Tensor]]:
         save(Path(f"{name}.safetensors"), own)
         found[name] = own
     return found
+
+
+def small(name: str) -> dict[str, tuple[int, ...]]:
+    """A list's names, every width a 64th of the real one."""
+    shapes = {k: tuple(n if n <= 8 else max(n // 64, 4) for n in s) for k, s in shapes_of(name).items()}
+    return {k: s for k, s in shapes.items() if s and "position_ids" not in k and not k.startswith(NOT_WEIGHTS)}
 
 
 def M(name: str, **words: Any) -> Model:
@@ -323,6 +330,53 @@ def test_blocks_say_other_numbers_for_alpha(words: dict[str, Any]) -> None:
     found, low, high = (load_file(f"{n}.safetensors") for n in ("out", "low", "high"))
     assert all(torch.equal(v, (high if k.startswith("double_blocks") else low)[k]) for k, v in found.items())
     assert not all(torch.equal(v, low[k]) for k, v in found.items())
+
+
+VECTOR = [0.0, *(n / 24 for n in range(25))]  # BASE, IN00-IN11, M00, OUT00-OUT11
+ALIKE = {
+    "sdmecha_sd1-ldm": (
+        ",".join(map(str, VECTOR)),
+        "BASE=0, linear(0..1), BASE=0",
+    ),
+    "orig_wan21_t2v_1_3b": ("block.0-9=0.2, attn.q=0.9", "*=0.5; block.0-9=0.2; *to_q*=0.9"),
+    "orig_flux_dev_bfl": ("double=0.2, single.10-37=0.9", "double.0-18=0.2\nsingle.1?=0.9 \nsingle.2?=0.9\nsingle.3?=0.9"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_list_and_the_same_in_words_give_identical_files(name: str) -> None:
+    """supermerger's 26 numbers for Stable Diffusion; blocks, ranges, kinds and patterns for others."""
+    shapes = small(name)
+    for file, seed in (("a", 1), ("b", 2)):
+        save(Path(f"{file}.safetensors"), weights(shapes, torch.float16, seed))
+    first, second = ALIKE[name]
+    weightops.merge("a.safetensors", "b.safetensors", blocks=first, output="first.safetensors")
+    weightops.merge("a.safetensors", "b.safetensors", blocks=second, output="second.safetensors")
+    weightops.merge("a.safetensors", "b.safetensors", output="plain.safetensors")
+    one, two, plain = (load_file(f"{n}.safetensors") for n in ("first", "second", "plain"))
+    assert [key for key in one if not torch.equal(one[key], two[key])] == []
+    assert any(not torch.equal(one[key], plain[key]) for key in one)
+
+
+def test_supermergers_numbers_are_the_alphas_of_its_blocks() -> None:
+    shapes = small("sdmecha_sd1-ldm")
+    given = {}
+    for file, seed in (("a", 1), ("b", 2)):
+        given[file] = weights(shapes, torch.float16, seed)
+        save(Path(f"{file}.safetensors"), given[file])
+    said = ",".join(map(str, VECTOR))
+    weightops.merge("a.safetensors", "b.safetensors", blocks=said, output="out.safetensors")
+    found = load_file("out.safetensors")
+    unet = "model.diffusion_model."
+    places = {f"{unet}input_blocks.{n}.": 1 + n for n in range(12)} | {f"{unet}middle_block.": 13}
+    places |= {f"{unet}output_blocks.{n}.": 14 + n for n in range(12)}
+    places |= {f"{unet}time_embed.": 1, f"{unet}out.": 25, "cond_stage_model.": 0}
+    for key, value in found.items():
+        if key.startswith("first_stage_model.") or not value.is_floating_point():
+            assert torch.equal(value, given["a"][key])
+            continue
+        alpha = VECTOR[next(at for begin, at in places.items() if key.startswith(begin))]
+        assert close(value, (1 - alpha) * given["a"][key].double() + alpha * given["b"][key].double()), key
 
 
 def test_a_rule_that_matches_nothing_is_an_error() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from conftest import save
-from loras import kohya_file
+from loras import MODULE, UNET, kohya_file
 from safetensors.torch import load_file
 
 import weightops
@@ -119,7 +119,7 @@ def test_so_it_is_whatever_the_memory_and_the_threads() -> None:
 
 @pytest.mark.parametrize("words", [
     {"alpha": 0.3, "blocks": "layers.1=0.9"}, {"weights": (1, -2), "normalize": False}, {"dtype": "bf16"},
-    {"dtype": "fp32", "vae": "1"}, 
+    {"dtype": "fp32", "vae": "1"},
     {"alpha": 1, "blocks": "layers.1=0"}, {"base": "c.safetensors", "alpha": 0.7}, {"method": "slerp", "alpha": 0.25},
     {"method": "ties", "base": "c.safetensors", "parameters": {"density": 0.3}, "alpha": 0.8},
 ], ids=str)  # fmt: skip
@@ -221,12 +221,26 @@ def test_every_verb_that_says_a_recipe_is_made_again(verb: str) -> None:
     assert line(file).startswith("identical: ")
 
 
-def test_lokr_to_lora_with_its_base() -> None:
-    model("a.safetensors", 1)
-    generator = torch.Generator().manual_seed(3)
-    change = {"lora_unet_layers_0_proj.diff": torch.randn(32, 24, generator=generator)}
-    save(Path("full.safetensors"), change)
-    weightops.convert("full.safetensors", to="lora", rank="energy:0.9", output=OUT)
+@pytest.mark.parametrize("verb", ["convert", "resize", "combine"])
+def test_what_needs_the_model_beside_it_is_made_again_with_it(verb: str) -> None:
+    generator, module = torch.Generator().manual_seed(1), MODULE.format("k")
+    down, up = torch.randn(4, 768, generator=generator), torch.randn(320, 4, generator=generator)
+    plain = {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
+    save(Path("l.safetensors"), plain)
+    save(Path("d.safetensors"), plain | {f"{module}.dora_scale": torch.full((1, 768), 3.0)})
+    weights = {f"{UNET}.to_k.weight": torch.randn(320, 768, generator=generator)}
+    weights |= {"conv_in.weight": torch.ones(320, 4, 3, 3), "conv_norm_out.weight": torch.ones(320)}
+    save(Path("a.safetensors"), weights)
+    words: dict[str, Any] = {"rank": "energy:0.9", "base": "a.safetensors", "output": OUT}
+    if verb == "convert":
+        weightops.convert("d.safetensors", to="lora", seed=4, **words)
+    elif verb == "resize":
+        weightops.resize("d.safetensors", **words)
+    else:
+        weightops.combine("d.safetensors:0.5", "l.safetensors", **words)
+    assert len(said()["inputs"]) == 2 + (verb == "combine")
+    assert line().startswith("identical: ")
+    shutil.move("a.safetensors", "model.safetensors")
     assert line().startswith("identical: ")
 
 

@@ -98,12 +98,11 @@ def ranked(quantities: Callable[..., Sequence[Tensor]], ranks: Callable[..., Seq
     def lower(*models: Tensor, found: list[Sought], **parameters: Any) -> list[list[Any]]:
         seen = []
         for q, (_, places) in zip(quantities(*models, **parameters), found, strict=True):
-            codes = _codes(q)
-            seen.append([(place, *_inside(codes, place)) for place in _bins(places)])
+            seen.append(_inside(_codes(q), _bins(places)))
         return seen
 
     def fold_lower(values: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        return [[_joined(same) for same in zip(*each, strict=True)] for each in zip(*values, strict=True)]
+        return [[_tallied(same) for same in zip(*each, strict=True)] for each in zip(*values, strict=True)]
 
     def together_lower(values: Sequence[Sequence[Any]], found: list[Sought], **parameters: Any) -> list[list[float]]:
         import numpy as np
@@ -147,31 +146,33 @@ def _added(counts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _inside(codes: Tensor, place: int) -> tuple[Any, Any]:
-    """The lower bits of those that are in this bin of the upper ones, and how many have them."""
+def _inside(codes: Tensor, places: Sequence[int]) -> list[tuple[int, Any]]:
+    """Of each of these bins of the upper bits, the lower bits of those that are in it. The codes are used up."""
     import numpy as np
 
     if codes.device.type != "cpu":
-        low = (codes[codes >> _LOW == place] & ((1 << _LOW) - 1)).cpu().numpy()
-    else:
-        # numpy compares and picks integers in a fraction of torch's time. Those below the bin wrap around.
-        low = codes.numpy().view(np.uint32) - np.uint32(place << _LOW)
-        low = low[low < np.uint32(1 << _LOW)]
-    if len(low) < 1 << (_LOW - 3):
-        found, numbers = np.unique(low, return_counts=True)
-        return found.astype(np.uint16), numbers.astype(np.uint32)
-    return _counted(np.bincount(low, minlength=1 << _LOW))
+        low = codes & ((1 << _LOW) - 1)
+        codes >>= _LOW
+        return [(place, low[codes == place].cpu().numpy().astype(np.uint16)) for place in places]
+    # numpy compares and picks integers in a fraction of torch's time. Those below the bin wrap around, to far above it.
+    found, below, lowest = [], codes.numpy().view(np.uint32), 0
+    for place in places:
+        below -= np.uint32((place << _LOW) - lowest)
+        lowest = place << _LOW
+        found.append((place, below[below < np.uint32(1 << _LOW)].astype(np.uint16)))
+    return found
 
 
-def _joined(same: Sequence[tuple[int, Any, Any]]) -> tuple[int, Any, Any]:
-    """What several parts have in one bin."""
+def _tallied(same: Sequence[tuple[int, Any]]) -> tuple[int, Any, Any]:
+    """What the parts of a block have in one bin: which lower bits, and how many have them."""
     import numpy as np
 
-    if len(same) == 1:
-        return same[0]
-    counts = np.zeros(1 << _LOW, dtype=np.uint32)
-    for _, low, numbers in same:
-        counts[low] += numbers
+    parts = [low for _, low in same]
+    if sum(map(len, parts)) <= 1 << _LOW:  # so few that counting them part by part would take longer
+        parts = [np.concatenate(parts)]
+    counts = np.bincount(parts[0], minlength=1 << _LOW)
+    for low in parts[1:]:
+        counts += np.bincount(low, minlength=1 << _LOW)
     return (same[0][0], *_counted(counts))
 
 

@@ -156,6 +156,8 @@ class Blend:
         import torch
 
         given = list(parts.values())
+        if len({part.shape for part in given}) != 1:
+            raise ValueError(f"changes of shapes {sorted({part.shape for part in given})} are no changes of one weight")
         (out, n), device = given[0].shape, given[0].device
         added = tuple(
             _added(parts[file], scale) if file in parts else None

@@ -223,7 +223,8 @@ def recipe_of(
     """The recipe that the command line's own words mean. Raises UsageError."""
     count, has_base = len(models), base is not None
     if count + has_base < 2 and not (ema and count == 1):
-        raise UsageError("merge", f"found {count + has_base} model, expected two or more")
+        found = count + has_base
+        raise UsageError("merge", f"found {found} model{'s' * (found != 1)}, expected two or more, or a recipe")
     chosen = _method_of(method, base)
     differences = all(role != "Tensor" for role in chosen.roles) and (has_base or "Delta" in chosen.roles)
     if (chosen.needs_base or differences) != has_base:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -310,6 +310,30 @@ def test_a_setting_says_the_same_as_its_own_option() -> None:
     assert torch.allclose(load_file("x.safetensors")["img_in.weight"], exact, atol=1e-6)
 
 
+@pytest.mark.parametrize(("words", "error"), [
+    ({"base": "c.safetensors"}, "--no-normalize: add_difference has no setting normalize"),
+    ({"parameters": {"normalize": "true"}}, "--no-normalize: found --set normalize beside it, which says otherwise"),
+], ids=str)  # fmt: skip
+def test_no_normalize_is_refused_where_it_would_say_nothing_or_something_else(words: dict[str, Any], error: str) -> None:
+    models()
+    with pytest.raises(UsageError) as caught:
+        weightops.merge("a.safetensors", "b.safetensors", output="x.safetensors", normalize=False, **words)
+    assert str(caught.value).startswith(error)
+
+
+def test_a_base_says_nothing_of_how_the_result_is_sampled_however_it_is_said() -> None:
+    """A v-prediction base: neither the words nor the recipe of them warn of it."""
+    models()
+    save(Path("c.safetensors"), load_file("c.safetensors"), {"modelspec.prediction_type": "v"})
+    two = ["a.safetensors", "b.safetensors"]
+    words = weightops.merge(*two, base="c.safetensors", output="x.safetensors", strict=True)
+    Path("r.yaml").write_text(recipe_text(_asked(two, base="c.safetensors")))
+    recipe = weightops.merge(recipe="r.yaml", output="y.safetensors", strict=True)
+    assert words.warnings == recipe.warnings == []
+    report = weightops.merge("a.safetensors", "c.safetensors", output="z.safetensors")
+    assert "differ in 'modelspec.prediction_type'" in report.warnings[0]
+
+
 def _asked(models_: list[str], **words: object) -> Recipe:
     usual: dict[str, object] = {
         "alpha": None, "weights": None, "normalize": True, "base": None, "method": None, "parameters": {},
@@ -347,6 +371,27 @@ def test_averages_are_brought_into_the_order_of_the_first_models() -> None:
         save(Path(f"{name}.safetensors"), own)
     report = weightops.merge("a.safetensors", "b.safetensors", ema=True, rebasin=True, output="out.safetensors")
     assert report.details["rebased"] == ["b.safetensors"]
+
+
+def test_averages_matched_to_averages_are_the_same_by_their_recipe_and_again() -> None:
+    pytest.importorskip("scipy")
+    shapes = {k: s for k, s in tiny_of("sdmecha_sd1-ldm").items() if k.startswith(UNET)}
+    for seed, name in enumerate("abc"):
+        own = random(shapes, seed)
+        own |= {f"model_ema.{k.removeprefix('model.').replace('.', '')}": v + 1 for k, v in own.items()}
+        save(Path(f"{name}.safetensors"), own)
+    two = ["a.safetensors", "b.safetensors"]
+    weightops.merge(*two, ema=True, rebasin=True, output="x.safetensors")
+    Path("r.yaml").write_text(recipe_text(_asked(two, ema=True, rebasin=True)))
+    weightops.merge(recipe="r.yaml", output="y.safetensors")
+    assert Path("x.safetensors").read_bytes() == Path("y.safetensors").read_bytes()
+    assert weightops.replay("x.safetensors").details["line"].startswith("identical")
+    for to in ("c.safetensors", "{model: c.safetensors, ema: true}"):  # a model that is nothing else in the recipe
+        Path("r.yaml").write_text(f"merge:\n  n_average: [a.safetensors, {{model: b.safetensors, rebasin: {to}}}]\n")
+        report = weightops.merge(recipe="r.yaml", output="z.safetensors", force=True)
+        assert report.details["rebasin"][0]["to"] == "c.safetensors"
+        assert [each["name"] for each in report.inputs] == ["a.safetensors", "b.safetensors", "c.safetensors"]
+        assert weightops.replay("z.safetensors").details["line"].startswith("identical")
 
 
 def test_a_number_means_a_model_even_where_a_model_is_called_so() -> None:

@@ -176,7 +176,8 @@ GRADED = Varied(0.5, "GRAD_V")
         ),
         ("{weighted_sum: [a, b], weights: [1, 2e-1], normalize: no}", merged("weighted_sum", (A, B), {"weights": (1.0, 0.2), "normalize": False})),
         ("{karcher: [a, b], max_iter: 20, tol: 1e-3}", merged("karcher", (A, B), {"max_iter": 20, "tol": 0.001})),
-        ("{model: a, ema: true, rebasin: b}", Model("a", True, "b")),
+        ("{model: a, ema: true, rebasin: b}", Model("a", True, Model("b"))),
+        ("{model: a, rebasin: {model: b, ema: true}}", Model("a", to=Model("b", True))),
     ],
 )  # fmt: skip
 def test_a_node(text: str, meant: Node | None) -> None:
@@ -248,7 +249,7 @@ def test_alpha_of_two_models_for_blocks() -> None:
 )
 def test_relative_files_lie_beside_the_recipe(said: str, meant: str) -> None:
     recipe = parse(f"merge: {{add: [{{model: {said}, rebasin: {said}}}, {{lora: {said}}}]}}\nlike: {said}", "x/y")
-    assert recipe.root == merged("add", (Model(meant, to=meant), Lora(meant)))
+    assert recipe.root == merged("add", (Model(meant, to=Model(meant)), Lora(meant)))
     assert recipe.like == Model(meant)
 
 
@@ -392,6 +393,8 @@ MISTAKES = [
     ("merge:\n  fisher: [a, b]\n  statistics: [c]", "2: fisher: found 1 files of statistics for 2 models, expected one for each", None),
     ("merge:\n  fisher: [a, b]\n  statistics: c", "3: statistics: found 'c', expected a list of files", None),
     ("merge:\n  n_average: [a, b]\n  statistics: [a, b]", "2: n_average: takes no statistics", None),
+    ("merge:\n  {model: a, rebasin:\n    {lora: b}}", "3: rebasin: found no model, expected a model whose channels stay", None),
+    ("merge:\n  {model: a, rebasin:\n    {model: b, rebasin: c}}", "3: rebasin: found a model that is itself matched to another, expected a model whose channels stay", None),
     # names
     ("merge: a\nmodels: b", "2: found 'b' under models, expected names, each with what it is", None),
     ("merge: a\nmodels:\n  1: b", "3: '1' cannot be a name", A_NAME),
@@ -488,7 +491,8 @@ FILES = [
     "a" * 200, "merge.safetensors", "x/merge.safetensors",
 ]  # fmt: skip
 files = st.sampled_from(FILES)
-models = st.builds(Model, files, st.booleans(), st.none() | files) | files.map(Model)
+references = st.none() | st.builds(Model, files, st.booleans())
+models = st.builds(Model, files, st.booleans(), references) | files.map(Model)
 numbers = st.floats(-2, 2, allow_nan=False) | st.sampled_from([0.0, 1.0, 1e-7])
 varied = st.builds(
     Varied, numbers, st.sampled_from(["GRAD_V", "IN00=0.3, *=1", "IN00-IN05=0.3;\nNOT attn.q=cosine(0..1)", "0,1,0.5"])
@@ -672,6 +676,7 @@ def test_a_complement_by_itself_cannot_be_said() -> None:
         ("{add: [a, {difference: [b, {weighted_sum: [c, d]}]}]}", "a + (b − (0.5·c + 0.5·d))"),
         ("{add: [a, {sum: [{lora: style, strength: -2}], strength: 2}]}", "a + 2·(−2·style)"),
         ("{n_average: [{model: a, ema: true}, {model: b, rebasin: a}]}", "n_average(ema(a), rebasin(b; to a))"),
+        ("{n_average: [a, {model: b, ema: true, rebasin: {model: c, ema: true}}]}", "n_average(a, ema(rebasin(b; to ema(c))))"),
         ("{fisher: [a, b], statistics: [c, d]}", "fisher(a, b; statistics c, d)"),
         (f"{{add: [a, {{lora: style, strength: '{', '.join(f'IN0{n}=0.{n}' for n in range(8))}'}}]}}", "a + [IN00=0.0, IN01=0.1, IN02=0.2, IN03=0.3,…; else 1]·style"),
     ],

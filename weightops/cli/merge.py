@@ -40,7 +40,7 @@ def _check_alone(ctx: click.Context) -> None:
 @click.option("--alpha", type=float, metavar="X",
               help="Two models: (1-X)·A + X·B; with --base C, A + X·(B - C).  [default: 0.5; 1]")  # fmt: skip
 @click.option("--weights", type=options.Numbers(), help="One weight per model, normalised to a sum of 1.")
-@click.option("--no-normalize", is_flag=True, help="Take --weights as they are.")
+@click.option("--no-normalize", is_flag=True, help="Take --weights as they are, also in other methods that normalise.")
 @click.option("--base", metavar="FILE", help="What the models were made of: differences from it are merged.")
 @click.option("--method", metavar="NAME", help="Another way to merge; --list-methods shows them.")
 @click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="A parameter of the method.")

@@ -38,7 +38,7 @@ from weightops.engine.raw import compute_raw
 from weightops.errors import ValueRefused, quote
 from weightops.files.folder import FolderWriter
 from weightops.files.writer import SafetensorsWriter
-from weightops.plan import Block
+from weightops.plan import Block, Grain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -450,7 +450,7 @@ class _Run:
             if first_nonfinite(buffer, slot.spec.dtype) is None:
                 continue
             for entry, given in zip(chunk.task.inputs, inputs, strict=True):
-                if first_nonfinite(given, entry.slot.spec.dtype) is not None:
+                if self._holds_nonfinite(chunk, entry, given):
                     raise ValueRefused(
                         self.plan.sources[entry.source].label,
                         f"tensor {quote(entry.slot.key)} holds NaN or Inf",
@@ -461,6 +461,23 @@ class _Run:
                 f"the result is too large for {slot.spec.dtype}, though every input is finite",
                 _WIDER.get(slot.spec.dtype, "--dtype bf16 or --dtype fp32 can hold it"),
             )
+
+    def _holds_nonfinite(self, chunk: Chunk, entry: Input, given: memoryview) -> bool:
+        """Does an input hold NaN or Inf: what the chunk has of it, or, as looks see it all, any of it?
+
+        What the chunk has is read over.
+        """
+        if first_nonfinite(given, entry.slot.spec.dtype) is not None:
+            return True
+        if entry.shared or chunk.task.compute is None or chunk.task.grain is Grain.TENSOR:
+            return False
+        height, rows = chunk.stop - chunk.start, task_rows(chunk.task)
+        for first in range(0, rows, height):
+            start, stop = slot_span(chunk.task, entry.slot, first, min(first + height, rows), shared=False)
+            self.plan.sources[entry.source].read_bytes(entry.slot, start, stop, given[: stop - start])
+            if first_nonfinite(given[: stop - start], entry.slot.spec.dtype) is not None:
+                return True
+        return False
 
 
 def _measure(task: Task) -> Iterable[Slot]:

@@ -6,7 +6,8 @@ Knows tensors and their parts; no files, no names but the one that seeds randomn
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from weightops.merging.method import SMALL, WORKING_VALUES, MergeMethod, store
@@ -62,15 +63,14 @@ class Applied:
     """A method, with its parameters for this tensor. salt: what tells its randomness from that of the others.
 
     models: None for a difference that is nothing here, as of a LoRA that does not change this tensor. known: what its
-    looks found, where they were made in an earlier pass. statistics: inputs' numbers, None where a file has none for
-    this tensor.
+    looks found, where they were made in an earlier pass. statistics: None where a file has none for this tensor.
     """
 
     method: MergeMethod
     models: tuple[Expression | None, ...]
     parameters: Mapping[str, Any]
     salt: str
-    statistics: tuple[int | None, ...] = ()
+    statistics: tuple[Given | None, ...] = ()
     known: Any = None
 
     @property
@@ -122,7 +122,18 @@ def numbers(expression: Expression | None) -> Iterator[int]:
     elif isinstance(expression, Applied):
         for model in expression.models:
             yield from numbers(model)
-        yield from (n for n in expression.statistics if n is not None)
+        yield from (given.number for given in expression.statistics if given is not None)
+
+
+def repeated(expression: Expression) -> frozenset[int]:
+    """The inputs that stand in more than one place as they are read: converted once for all."""
+    count = Counter(
+        model.number
+        for applied, _ in applications(expression)
+        for model in applied.models
+        if isinstance(model, Given) and model.grain is Grain.VALUES
+    )
+    return frozenset(number for number, places in count.items() if places > 1)
 
 
 def _needs_weight(expression: Expression | None) -> bool:
@@ -169,6 +180,8 @@ class _Part:
     draw: Callable[[str], Generator]
     found: Mapping[int, Any]
     converted: dict[int, Tensor]
+    repeated: frozenset[int]
+    given: dict[int, Tensor] = field(default_factory=dict)
 
     def raw(self, number: int) -> Tensor:
         """As it is stored: this part; or all of what is shared, in the working dtype, which all parts share."""
@@ -202,6 +215,10 @@ def _value(expression: Expression | None, part: _Part, weight: Tensor | None) ->
 def _given(given: Given, part: _Part) -> Tensor:
     import torch
 
+    if given.number in part.repeated and given.grain is Grain.VALUES:  # no method changes what it is given
+        if given.number not in part.given:
+            part.given[given.number] = part.raw(given.number).to(part.working)
+        return part.given[given.number]
     tensor = part.raw(given.number)
     if given.turned:
         tensor = tensor.T
@@ -226,7 +243,7 @@ def _handed(applied: Applied, part: _Part) -> dict[str, Any]:
     if applied.method.draws:
         handed["random"] = part.draw(applied.salt)
     if applied.method.needs_statistics:
-        handed["statistics"] = [None if n is None else part.raw(n).to(part.working) for n in applied.statistics]
+        handed["statistics"] = [None if given is None else _given(given, part) for given in applied.statistics]
     return handed
 
 
@@ -235,6 +252,7 @@ class Program:
     """A tree, ready to be computed in blocks of one tensor of this shape, which is flat where its grain is VALUES.
 
     name: seeds randomness, with `seed`. wide: it is computed in float64. shared: inputs of which each block has all.
+    turned: what is filled is stored the other way round, [b, a]; then it is computed as a whole.
     """
 
     expression: Expression
@@ -245,6 +263,7 @@ class Program:
     wide: bool
     shared: frozenset[int] = frozenset()
     stages: tuple[Stage, ...] = ()
+    turned: bool = False
 
     def look(self, number: int, inputs: Sequence[Tensor | None], block: Block, *before: Any) -> list[Any]:
         """What look number `number` sees in a block: a value for each part. before: what all looks before it found."""
@@ -269,8 +288,9 @@ class Program:
     def fill(self, inputs: Sequence[Tensor | None], out: Tensor, block: Block, *found: Any) -> None:
         """Fill the block `out`: computed in float32, or float64 where it matters, and rounded once."""
         expression = self.expression
-        if isinstance(expression, Applied) and _by_shortcut(expression, inputs, out):
+        if not self.turned and isinstance(expression, Applied) and _by_shortcut(expression, inputs, out):
             return
+        out = out.T if self.turned else out
         for part in self._parts(inputs, block, found):
             store(_value(expression, part, None), out[part.part])
 
@@ -296,6 +316,7 @@ class Program:
                 generators[salt] = generator_for(self.seed, f"{self.name}\0{salt}", block.number)
             return generators[salt]
 
+        again = repeated(self.expression)
         rows, step = block.stop - block.start, self.shape[0]
         if self.grain is not Grain.TENSOR:
             step = max(1, WORKING_VALUES // max(math.prod(self.shape[1:]), 1))
@@ -304,7 +325,7 @@ class Program:
             yield _Part(
                 inputs, self.shared, slice(start, stop), slice(block.start + start, block.start + stop),
                 (stop - start, *self.shape[1:]), torch.float64 if wide else torch.float32, seen[0].device, draw, last,
-                converted,
+                converted, again,
             )  # fmt: skip
 
 
@@ -329,7 +350,7 @@ def apply(
     at = iter(range(len(models), len(given)))
     applied = Applied(
         method, tuple(Given(n) for n in range(len(models))), parameters, "0",
-        tuple(None if t is None else next(at) for t in statistics),
+        tuple(None if t is None else Given(next(at)) for t in statistics),
     )  # fmt: skip
     grain, shape = applied.grain, tuple(out.shape)
     if grain is Grain.VALUES:

@@ -81,7 +81,8 @@ class MergeMethod:
     last one found. linear: with that, it is a linear combination of its models. double: it is computed in float64
     whatever comes in. decides: it chooses between values (by a threshold, a vote), so that the last bit of an input may
     change a result much. copies: working copies of a part that the function makes at most, its result among them; each:
-    so many more for each model. shares: its weights are shares of a whole: doubled, they give the same (as those of one
+    so many more for each model. beside: `beside(shape)` gives the bytes that it takes beside them, of a tensor of this
+    shape, if it has all its statistics. shares: its weights are shares of a whole: doubled, they give the same (as those of one
     with a setting `normalize` do, where that is true).
     refuse: `refuse(count, parameters)` raises UsageError for settings, or a number of models, that make no sense.
     """
@@ -102,6 +103,7 @@ class MergeMethod:
     decides: bool
     copies: int
     each: int
+    beside: Callable[[Sequence[int]], int] | None
     shares: bool
     refuse: Callable[[int, Mapping[str, Any]], None] | None
 
@@ -235,6 +237,7 @@ def _converted(method: str, parameter: Parameter, value: Any) -> Any:
 def merge_method(
     grain: Grain, *, shortcut: Callable[..., bool] | None = None, looks: tuple[Look, ...] = (), linear: bool = False,
     double: bool = False, decides: bool = False, copies: int = 3, each: int = 0,
+    beside: Callable[[Sequence[int]], int] | None = None,
     shares: bool = False, refuse: Callable[[int, Mapping[str, Any]], None] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:  # fmt: skip
     """Register the decorated function as a merge method, under its name (without an underscore at its end).
@@ -270,6 +273,7 @@ def merge_method(
                 decides=decides,
                 copies=copies,
                 each=each,
+                beside=beside,
                 shares=shares,
                 refuse=refuse,
             ),

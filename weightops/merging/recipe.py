@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from weightops.errors import UsageError
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A checkpoint. ema: its averaged weights (model_ema.*) stand for the others. to: the file of a model to which its
-    channels are matched first (git re-basin)."""
+    """A checkpoint. ema: its averaged weights (model_ema.*) stand for the others. to: the model, as it lies, to which
+    its channels are matched first (git re-basin)."""
 
     file: str
     ema: bool = False
-    to: str | None = None
+    to: Model | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +167,38 @@ def merges(node: Node) -> Iterator[Merge]:
 def models_of(root: Node) -> tuple[Model, ...]:
     """The models of a tree in their order, each once; those that others are compared with, the bases, come last."""
     found = dict.fromkeys(leaf for leaf in leaves(root) if isinstance(leaf, Model))
-    bases = {
+    bases = bases_of(root)
+    return (*(m for m in found if m not in bases), *(m for m in found if m in bases))
+
+
+def bases_of(root: Node) -> set[Model]:
+    """The models of a tree that others are compared with."""
+    return {
         leaf
         for node in merges(root)
         for place, child in zip(node.method.models, node.inputs, strict=False)
         if place == "base"
         for leaf in leaves(child)
+        if isinstance(leaf, Model)
     }
-    return (*(m for m in found if m not in bases), *(m for m in found if m in bases))
+
+
+def references_of(recipe: Recipe) -> tuple[Model, ...]:
+    """The models to which others are matched, and which are nothing else in the recipe."""
+    models = [leaf for leaf in leaves(recipe.root) if isinstance(leaf, Model)]
+    found = dict.fromkeys(model.to for model in models if model.to is not None)
+    return tuple(model for model in found if model not in models and model != recipe.like)
+
+
+def renumbered(recipe: Recipe) -> Recipe:
+    """The same with its models numbered as `models_of` has them; one that is not in the tree follows, if it is meant.
+
+    So recipes that mean the same are the same, whoever numbered their models.
+    """
+    words = (recipe.vae, recipe.text_encoder)
+    meant = [recipe.numbered[int(word) - 1] for word in words if word.isdecimal()]
+    numbered = tuple(dict.fromkeys([*models_of(recipe.root), *meant]))
+    numbers = [
+        str(numbered.index(recipe.numbered[int(word) - 1]) + 1) if word.isdecimal() else word for word in words
+    ]
+    return replace(recipe, numbered=numbered, vae=numbers[0], text_encoder=numbers[1])

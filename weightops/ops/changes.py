@@ -172,7 +172,7 @@ def _changed(changes: Sequence[Change], weight: Tensor, inputs: Sequence[Tensor]
 
 
 def added(
-    changes: Sequence[Change], *, transposed: bool
+    changes: Sequence[Change],
 ) -> Callable[[Sequence[Tensor], Tensor | None, slice, torch.dtype], Tensor]:
     """A function of the parts, of rows of a weight W, which these are, and a dtype to work in: Σ λᵢ·(W'ᵢ − W) there.
 
@@ -185,19 +185,12 @@ def added(
         import torch
 
         given = [t.to(working) for t in parts]
-        shape = changes[0].shape
+        height = rows.stop - rows.start
         if plain:  # nothing but products: no zeros to add them to
-            start = 0 if transposed else rows.start
-            height = shape[0] if transposed else rows.stop - start
-            found = _sum_of_deltas(changes, given, height, start)
-            return found.T.contiguous() if transposed else found
+            return _sum_of_deltas(changes, given, height, rows.start)
         if weight is None or not depends(changes):
-            height = shape[0] if transposed else rows.stop - rows.start
-            start = torch.zeros((height, *shape[1:]), dtype=working, device=given[0].device)
-        else:
-            start = weight.T if transposed else weight
-        found = _changed(changes, start, given, 0 if transposed else rows.start) - start
-        return found.T.contiguous() if transposed else found
+            weight = torch.zeros((height, *changes[0].shape[1:]), dtype=working, device=given[0].device)
+        return _changed(changes, weight, given, rows.start) - weight
 
     return change
 

@@ -26,7 +26,7 @@ from weightops.ops.respell import becomes, carry
 from weightops.plan import Grain, Input, Plan, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from weightops.files.checkpoint import Checkpoint
     from weightops.lora.pieces import Bands
@@ -90,6 +90,7 @@ class _State:
     tasks: list[Task] = field(default_factory=list)
     modules: dict[int, str] = field(default_factory=dict)
     whole_lokrs: int = 0
+    taken: dict[int, list[Adapter]] = field(default_factory=dict)
     partly: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -152,6 +153,16 @@ class Changes:
     @property
     def account(self) -> Account:
         return self._state.account
+
+    @property
+    def by_key(self) -> bool:
+        """Is nothing known of the checkpoint? Then a tensor's name is "" and its key."""
+        return self._state.own is not None
+
+    @property
+    def taken(self) -> Mapping[int, Sequence[Adapter]]:
+        """Every adapter of each LoRA."""
+        return self._state.taken
 
     @property
     def warnings(self) -> list[str]:
@@ -247,6 +258,7 @@ def _take(state: _State, number: int, lora: Checkpoint) -> None:
     else:
         why = "an embedding: prompts use it, no weight holds it"
         state.account.unused.extend(Unused(key, lora.label, why, asked=False) for key in found.embeddings)
+    state.taken[number] = list(found.adapters)
     for adapter in found.adapters:
         alpha, told = alphas.get(adapter.name, (None, Told()))
         if adapter.family.name == "lokr" and adapter.rank is None and alpha is not None and state.wish.lokr_rank:

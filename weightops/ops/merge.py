@@ -12,8 +12,8 @@ from weightops.engine.chunks import memory_for, smallest_memory
 from weightops.engine.run import Progress, ignore
 from weightops.errors import UsageError, listing, quote
 from weightops.files.checkpoint import open_checkpoint
-from weightops.merging.method import METHODS, cancel_out
-from weightops.merging.recipe import Model, Recipe, Varied, kind_of, leaves, merged, merges, over
+from weightops.merging.method import METHODS, cancel_out, checked
+from weightops.merging.recipe import Model, Recipe, Varied, kind_of, leaves, merged, merges, over, references_of
 from weightops.ops.folders import into_folder
 from weightops.ops.merge_grid import merge_grid, variants_of
 from weightops.ops.merge_looks import found_orders, looked_everywhere, passes, rebased
@@ -69,7 +69,8 @@ def merge(
 
     recipe: a tree of models, LoRAs, differences and methods, a YAML file or as a value, in place of `models` and all
     that is said of them. alpha: for two models, (1−α)·A + α·B; with `base` C, A + α·(B − C). weights: one per model,
-    normalised to a sum of one unless `normalize` is False; with `base`, base + Σ wᵢ·(modelᵢ − base), as they are given.
+    normalised to a sum of one; with `base`, base + Σ wᵢ·(modelᵢ − base), as they are given. normalize: False takes them
+    as they are in every method that would normalise them.
     method: another way; of one of differences, `base` is taken from each model, and alpha times the result added to it.
     blocks: other numbers in place of alpha for some tensors, in the words of --blocks. statistics: a file per model,
     for methods that weigh by such. ema: take the averages that training kept (model_ema.*) for the weights. rebasin:
@@ -168,7 +169,7 @@ def _tree(node: Drawn) -> dict[str, Any]:
 def files_of(recipe: Recipe) -> list[str]:
     """Every file that a recipe names, each once."""
     found = [leaf.file for leaf in leaves(recipe.root)] + [recipe.like.file, *(m.file for m in recipe.numbered)]
-    found += [leaf.to for leaf in leaves(recipe.root) if isinstance(leaf, Model) and leaf.to is not None]
+    found += [model.file for model in references_of(recipe)]
     found += [file for node in merges(recipe.root) for file in node.statistics]
     if recipe.vae != "merge" and not recipe.vae.isdecimal():
         found.append(recipe.vae)
@@ -230,7 +231,7 @@ def recipe_of(
     if (chosen.needs_base or differences) != has_base:
         need = "needs a base" if chosen.needs_base or differences else "takes no base"
         raise UsageError("--base", f"{chosen.name} {need}", "--list-methods shows what each method takes")
-    to = str(models[0]) if rebasin else None
+    to = Model(str(models[0]), ema) if rebasin else None
     leaves_: list[Node] = [Model(str(m), ema, to if n else None) for n, m in enumerate(models)]
     of_base = None if base is None else Model(str(base), to=to)
     inputs: list[Node] = list(leaves_)
@@ -239,10 +240,11 @@ def recipe_of(
     settings, strength = _settings(
         chosen, count, alpha, weights, parameters, blocks, has_base=has_base, over_base=differences
     )
-    if chosen.name == "weighted_sum" and not has_base:
-        settings["normalize"] = normalize
-        if weights is not None and normalize and cancel_out(weights):
-            raise UsageError("--weights", "the weights sum to 0 and cannot be normalised", "add --no-normalize")
+    normalised = _normalised(chosen, settings, normalize=normalize)
+    if chosen.name == "weighted_sum" and weights is not None and normalised and cancel_out(weights):
+        raise UsageError("--weights", "the weights sum to 0 and cannot be normalised", "add --no-normalize")
+    if not normalised:
+        settings["normalize"] = False
     given = [str(file) for file in statistics]
     if of_base is not None and differences:
         root: Node = over(of_base, chosen.name, leaves_, settings, strength, statistics=given)
@@ -253,6 +255,22 @@ def recipe_of(
     numbered = tuple(leaf for leaf in leaves_ if isinstance(leaf, Model))
     said = {key: str(rest[key]) for key in ("vae", "text_encoder", "dtype", "on_mismatch")}
     return Recipe(root, numbered[0], numbered, drop=tuple(rest["drop"]), seed=rest["seed"], **said)
+
+
+def _normalised(chosen: MergeMethod, settings: Mapping[str, Any], *, normalize: bool) -> bool:
+    """Are the weights normalised, where the method does that? normalize: False for --no-normalize."""
+    own = [p for p in chosen.parameters if p.name == "normalize"]
+    if not own:
+        if not normalize:
+            what = f"{chosen.name} has no setting normalize"
+            raise UsageError("--no-normalize", what, "--list-methods shows what each method has")
+        return True
+    if "normalize" not in settings:
+        return normalize
+    said: bool = checked(chosen.name, own, {"normalize": settings["normalize"]})["normalize"]
+    if said and not normalize:
+        raise UsageError("--no-normalize", "found --set normalize beside it, which says otherwise")
+    return said
 
 
 def _settings(
@@ -322,6 +340,10 @@ def check_recipe(recipe: Recipe) -> None:
         raise UsageError("--drop", f"drops the VAE that --vae takes from {quote(recipe.vae)}")
     if recipe.on_mismatch not in ("error", "keep-first"):
         raise UsageError("--on-mismatch", f"found {quote(recipe.on_mismatch)}, expected error or keep-first")
+    for leaf in leaves(recipe.root):
+        if isinstance(leaf, Model) and leaf.to is not None and leaf.to.to is not None:
+            what = f"{quote(leaf.to.file)} is itself matched to another, expected a model whose channels stay"
+            raise UsageError("--rebasin", what)
     count = len(recipe.numbered)
     for option, value in (("vae", recipe.vae), ("text_encoder", recipe.text_encoder)):
         if value.isdecimal() and not (len(value) < 10 and 1 <= int(value) <= count):

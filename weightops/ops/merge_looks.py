@@ -44,16 +44,16 @@ def found_orders(
     share = 0.5 / max(len(rebased(recipe)), 1)
     for number, leaf in enumerate(rebased(recipe)):
         assert leaf.to is not None
-        model = averaged(files[leaf.file]) if leaf.ema else files[leaf.file]
+        model, reference = (averaged(files[m.file]) if m.ema else files[m.file] for m in (leaf, leaf.to))
         found = find_permutations(
-            model, files[leaf.to], iterations=_SWEEPS, seed=recipe.seed,
+            model, reference, iterations=_SWEEPS, seed=recipe.seed,
             on_progress=bar.part(number * share, (number + 1) * share), **running,
         )  # fmt: skip
         orders[leaf] = found.permutations
         channels = sum(found.channels.values())
         weigh = {name: count / channels for name, count in found.channels.items()}
         said.append({
-            "model": model.label, "to": files[leaf.to].label, "channels": channels,
+            "model": model.label, "to": reference.label, "channels": channels,
             "moved": sum(found.moved.values()), "sweeps": found.sweeps,
             "before": sum(weigh[name] * value for name, value in found.before.items()),
             "after": sum(weigh[name] * value for name, value in found.after.items()),
@@ -76,8 +76,10 @@ def looked_everywhere(
         made = plan_merge(recipe, files, replace(wish, known=known))
         tasks, labels = [], {}
         for piece in made.pieces:
-            tasks += made.compiler.tasks(piece, looks_of=node)
-            labels[len(tasks) - 1] = piece.label
+            looks = made.compiler.tasks(piece, looks_of=node)
+            if looks:  # the method may have nothing to do here
+                tasks += looks
+                labels[len(tasks) - 1] = piece.label
         plan = Plan(made.planned.plan.sources, {}, tuple(tasks))
         start = bar.shown / bar.total
         stop = start + (1 - start) / (len(nodes) + 1 - number)

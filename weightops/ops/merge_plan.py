@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 from weightops.errors import MismatchError, UsageError, listing, quote
 from weightops.files.dtypes import ARITHMETIC, DTYPE_WORDS
 from weightops.files.tensor import Slot, TensorSpec
-from weightops.merging.recipe import Lora, Model, Recipe, Varied, leaves, merges
+from weightops.merging.recipe import (
+    Lora,
+    Model,
+    Recipe,
+    Varied,
+    bases_of,
+    leaves,
+    merges,
+    models_of,
+    references_of,
+)
 from weightops.naming.blocks import parse_blocks
 from weightops.naming.identify import (
     body_of,
@@ -113,7 +124,7 @@ class _Planner:
 
     def __init__(self, recipe: Recipe, opened: Mapping[str, Checkpoint], wish: Wish) -> None:
         in_tree = [leaf for leaf in leaves(recipe.root) if isinstance(leaf, Model)]
-        if Model(recipe.vae) in in_tree:  # a model of the tree: not read as another file
+        if not _is_number(recipe.vae) and Model(recipe.vae) in in_tree:  # a model of the tree: not read as another file
             recipe = replace(recipe, numbered=(*recipe.numbered, Model(recipe.vae)), vae=f"{len(recipe.numbered) + 1}")
         self.recipe = recipe
         self.wish = wish
@@ -127,11 +138,18 @@ class _Planner:
             raise UsageError(self.first.label, what, "match the other models to it")
         self.vae_file = None if _is_number(recipe.vae) else opened[recipe.vae]
         self.loras = list(dict.fromkeys(leaf for leaf in leaves(recipe.root) if isinstance(leaf, Lora)))
+        references = references_of(recipe)
+        start = len(self.opened) + (self.vae_file is not None)
+        self.references = {model: start + n for n, model in enumerate(references)}
         statistics = [file for node in merges(recipe.root) for file in node.statistics]
         self.statistics = list(dict.fromkeys(statistics))
+        if statistics and any(leaf.to is not None for leaf in self.leaves):
+            what = "statistics are in the order of the channels that their models have"
+            raise UsageError("--rebasin", what, "merge without, or with another method")
         self.sources: list[Checkpoint] = [
             *self.opened,
             *([self.vae_file] if self.vae_file is not None else []),
+            *(opened[model.file] for model in references),
             *(opened[lora.file] for lora in self.loras),
             *(opened[file] for file in self.statistics),
         ]
@@ -149,6 +167,8 @@ class _Planner:
         self.merges: list[Task] = []
         self.pieces: list[Piece] = []
         self.counts: dict[str, dict[str, int]] = {}
+        self.without: dict[str, set[str]] = {}  # by file of statistics: tensors of which it has none
+        self.by_key = False  # of a model of which nothing is known, tensors are what its keys say
         self.kept: set[str] = set()
         self.gone: set[tuple[int, str]] = set()  # of `account.unused`, by number of the model: labels may repeat
         # A file that is only a VAE, or only a text encoder, is simply merged.
@@ -164,7 +184,9 @@ class _Planner:
 
     def plan(self) -> MergePlan:
         check_models(self.opened, self.identities, self.alignment)
-        for text in differing_markers(self.numbered):
+        bases = bases_of(self.recipe.root)
+        mixed = [m for m in models_of(self.recipe.root) if m not in bases and m != self.recipe.like]
+        for text in differing_markers([self.first, *(self.opened[self.leaves.index(m)] for m in mixed)]):
             if self.wish.strict:
                 raise MismatchError("--strict", text)
             self.warnings.append(text)
@@ -172,17 +194,19 @@ class _Planner:
         changes = None
         if self.loras:
             changes = changes_of(self.first, self.identity, [self.files[lora.file] for lora in self.loras])
-        beside = len(self.opened) + (self.vae_file is not None)
+        beside = len(self.opened) + (self.vae_file is not None) + len(self.references)
         self.compiler = Compiler(
             self.recipe.root, self.recipe.seed, self._setting, changes,
             {lora: (n, beside + n) for n, lora in enumerate(self.loras)}, self.wish.orders, self.wish.known,
         )  # fmt: skip
+        self.by_key = changes is not None and changes.by_key
         replaced = self._vae_from_file() if self.vae_file is not None else {}
         self._vary(replaced)
         for key in sorted(self.first.tensors, key=lambda k: self.first.tensors[k][1:3]):
             self._place(key, replaced)
         self._account_for_the_rest()
         self._account_for_loras(beside)
+        self._account_for_statistics()
         self._check_outcome()
         self._warn()
         if self.wish.strict:
@@ -192,7 +216,7 @@ class _Planner:
             outputs=self.outputs,
             tasks=(*self.copies, *self.merges),  # copies first: they need no torch, which is imported meanwhile
             metadata=kept_metadata(self.first, less=ANCESTRY),
-            recipe=said(self.recipe, self._numbers(), self.leaves),
+            recipe=said(self.recipe, self._numbers(), self.leaves, self.references),
             refuse_nonfinite=not self.wish.allow_nonfinite,
         )
         groups = [{"component": name, **count} for name, count in self.counts.items()]
@@ -321,11 +345,15 @@ class _Planner:
 
     def _add_merged(self, key: str, spec: TensorSpec, parts: list[tuple[Checkpoint, tuple[Spot, ...]]]) -> None:
         """The tasks that fill the output tensor `key` by the recipe: of it as a whole, or of each of its bands."""
-        names = self.alignment.names(key)
+        names = [] if self.by_key else self.alignment.names(key)
         simple = all(self._is_whole(key, spec, source, spots) for source, spots in parts)
         dtype = self._dtype(spec.dtype)
         self.outputs[key] = TensorSpec(dtype, spec.shape)
-        if simple and not (self.apart and len(names) > 1):
+        # Where rows, columns or the whole of a tensor count, they are those of the canonical one.
+        otherwise = len(names) > 1 or any(
+            at.transposed or at.slot.bands is not None or at.slot.spec.shape != spec.shape for _, at in names
+        )
+        if simple and not (self.apart and otherwise):
             place = names[0][1] if len(names) == 1 else None
             own = [(c, spots[0]) for c, spots in parts]
             self._add_piece(key, self._names(key)[0], Slot(key, self.outputs[key]), own, place)
@@ -341,9 +369,8 @@ class _Planner:
         self, label: str, name: Name, slot: Slot, spots: list[tuple[Checkpoint, Spot]], place: Place | None
     ) -> None:
         found = {leaf: (n, spot) for n, (leaf, (_, spot)) in enumerate(zip(self.leaves, spots, strict=True))}
-        beside = len(self.sources) - len(self.statistics)
-        statistics = {file: self._statistics(file, beside + n, slot) for n, file in enumerate(self.statistics)}
-        piece = Piece(label, name, slot, found, place, statistics)
+        turned = self.apart and place is not None and place.transposed
+        piece = Piece(label, name, slot, found, place, self._statistics, turned)
         model = self.compiler.alone(piece)
         if model is not None:
             source, spot = found[model]
@@ -352,10 +379,27 @@ class _Planner:
         self.pieces.append(piece)
         self.merges.extend(self.compiler.tasks(piece))
 
-    def _statistics(self, file: str, source: int, slot: Slot) -> tuple[int, Slot] | None:
-        """Where a file of statistics has those of a tensor: under the first model's key, of all of it."""
+    def _statistics(self, file: str, slot: Slot, model: int, by_value: bool) -> tuple[int, Slot] | None:
+        """Where a file has the statistics of what a model has in this slot: under the model's own key.
+
+        by_value: they are numbers for each value, of which the slot's bands are taken; else they are of its inputs.
+        """
         held = self.files[file].tensors.get(slot.key)
-        return None if held is None or slot.bands is not None else (source, Slot(slot.key, held.spec))
+        shape, stored = slot.spec.shape, self.opened[model].tensors[slot.key].spec.shape
+        if held is None or held.spec.dtype not in ARITHMETIC:
+            if by_value or len(shape) > 1:
+                self.without.setdefault(file, set()).add(slot.key)
+            return None
+        inner = math.prod(shape[1:])
+        fits = held.spec.shape == stored if by_value else len(shape) > 1 and held.spec.shape == (inner, inner)
+        if not fits:
+            expected = stored if by_value else (inner, inner)
+            what = f"the statistics of {quote(slot.key)} are {held.spec}, expected {list(expected)}"
+            raise MismatchError(self.files[file].label, what)
+        source = len(self.sources) - len(self.statistics) + self.statistics.index(file)
+        if not by_value:
+            return source, Slot(slot.key, held.spec)
+        return source, Slot(slot.key, TensorSpec(held.spec.dtype, shape), slot.bands)
 
     def _dtype(self, dtype: str) -> str:
         return DTYPE_WORDS[self.recipe.dtype] if self.recipe.dtype != "keep" and dtype in ARITHMETIC else dtype
@@ -513,6 +557,8 @@ class _Planner:
             return f"kept from {self.first.label}", False
         if component in _COPIED:
             return f"the {component} is copied from {self.first.label}", True
+        if self.first.tensors[mine].spec.dtype in ARITHMETIC:
+            return "its weight is 0 there", True
         return f"{self.first.tensors[mine].spec.dtype} is not averaged: copied from {self.first.label}", True
 
     def _warn(self) -> None:
@@ -547,22 +593,40 @@ class _Planner:
         self.warnings.extend(changes.warnings)
         gone = {(u.source, u.key) for u in changes.account.unused}
         for number, lora in enumerate(self.loras):
-            opened = self.files[lora.file]
-            for key in opened.tensors:
-                if (opened.label, key) in gone or key.endswith(".alpha"):
+            label = self.files[lora.file].label
+            for adapter in changes.taken[number]:
+                keys = [key for key in adapter.keys.values() if (label, key) not in gone]
+                if any((beside + number, key) in read for key in keys):
+                    self.account.used.extend(keys)
                     continue
+                reason = "what it would change is kept or taken from elsewhere, or its strength is 0 there"
+                self.account.unused.extend(Unused(key, label, reason, asked=False) for key in keys)
+
+    def _account_for_statistics(self) -> None:
+        """Keys of files of statistics, and tensors of which these have none."""
+        beside = len(self.sources) - len(self.statistics)
+        read = {(i.source, i.slot.key) for t in self.merges for i in t.inputs}
+        for number, file in enumerate(self.statistics):
+            opened = self.files[file]
+            for key in opened.tensors:
                 if (beside + number, key) in read:
                     self.account.used.append(key)
                 else:
-                    reason = "what it would change is not merged, but kept or taken from elsewhere"
-                    self.account.unused.append(Unused(key, opened.label, reason, asked=True))
+                    reason = "no tensor that is merged takes these statistics"
+                    self.account.unused.append(Unused(key, opened.label, reason, asked=False))
+            lacking = self.without.get(file)
+            if lacking:
+                text = f"{opened.label} has no statistics of {tensors(len(lacking))}: {listing(sorted(lacking))}"
+                if self.wish.strict:
+                    raise MismatchError("--strict", text, "without --strict these are averaged by weight")
+                self.warnings.append(f"{text}; averaged by weight")
 
     def _numbers(self) -> dict[str, int]:
         """Of all files but the models of the tree, in which place among the inputs each is."""
         found = {leaf.file: n for n, leaf in enumerate(self.leaves) if leaf == Model(leaf.file)}
         if self.vae_file is not None:
             found[self.recipe.vae] = len(self.opened)
-        beside = len(self.opened) + (self.vae_file is not None)
+        beside = len(self.opened) + (self.vae_file is not None) + len(self.references)
         others = [lora.file for lora in self.loras] + self.statistics
         return {**{file: beside + n for n, file in enumerate(others)}, **found}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,17 @@ from weightops.merging.expression import (
     Expression,
     Given,
     Program,
+    Stage,
     applications,
     copies,
     decides,
     numbers,
+    repeated,
     stages,
 )
 from weightops.merging.looks import LOOK_NBYTES
 from weightops.merging.method import SMALL, WORKING_VALUES
-from weightops.merging.recipe import Lora, Merge, Model, Node, Varied
+from weightops.merging.recipe import Lora, Merge, Model, Node, Varied, leaves
 from weightops.ops.changes import added, copies_of, depends
 from weightops.plan import Block, Grain, Input, Task
 
@@ -42,7 +45,9 @@ class Piece:
     """A tensor of the output, or the band of one that is one canonical tensor, and where each model has it.
 
     label: what it is called in tasks, and what seeds its randomness. name: its canonical one. place: where the first
-    model has it, if it has it by such a name. statistics: of each file of statistics, the slot, or None.
+    model has it, if it has it by such a name. statistics: `statistics(file, slot, model, by_value)` tells where a file
+    of such has those of what model number `model` has in this slot. turned: it is stored transposed, and computed as
+    the canonical tensor that it is.
     """
 
     label: str
@@ -50,7 +55,8 @@ class Piece:
     slot: Slot
     spots: Mapping[Model, tuple[int, Spot]]
     place: Place | None
-    statistics: Mapping[str, tuple[int, Slot] | None]
+    statistics: Callable[[str, Slot, int, bool], tuple[int, Slot] | None]
+    turned: bool = False
 
 
 @dataclass(slots=True)
@@ -81,11 +87,10 @@ class Compiler:
         compiled = _Compiled(self, piece)
         root = compiled.of(self.root, "0")
         assert root is not None
-        if looks_of is not None:
-            root = compiled.made.get(id(looks_of))
-            if root is None:
-                return []
-        return _tasks(root, compiled, looks_only=looks_of is not None)
+        if looks_of is None:
+            return _tasks(root, compiled)
+        own = compiled.made.get(id(looks_of))
+        return [] if own is None else _tasks(root, compiled, looks_of=own)
 
 
 class _Compiled:
@@ -120,52 +125,67 @@ class _Compiled:
     def _model(self, model: Model) -> Given:
         source, spot = self.piece.spots[model]
         orders = self.compiler.orders.get(model, {}).get(self.piece.name, ())
-        if self.piece.place is not None and self.piece.place.transposed:  # the orders are of the canonical tensor
-            orders = tuple((1 - axis, order) for axis, order in orders)
         number = self._number(Input(source, spot.slot))
         self.models[number] = model
-        return Given(number, spot.transposed, orders)
+        return Given(number, spot.transposed != self.piece.turned, orders)
 
     def _lora(self, lora: Lora) -> Added | None:
         assert self.compiler.changes is not None
         number, source = self.compiler.loras[lora]
-        found = self.compiler.changes.of(number, self.piece.name)
+        name = ("", self.piece.slot.key) if self.compiler.changes.by_key else self.piece.name
+        found = self.compiler.changes.of(number, name)
         if found is None:
             return None
         entries, changes, whole = found
         own = tuple(self._number(Input(source, entry.slot, entry.shared), shared=entry.shared) for entry in entries)
-        assert self.piece.place is not None
-        transposed = self.piece.place.transposed
         rows = max(1, WORKING_VALUES // max(self.piece.slot.spec.row_values, 1))
         self.lora_nbytes += 8 * copies_of(changes, entries, self.piece.slot.spec, rows)
-        return Added(own, added(changes, transposed=transposed), depends(changes), whole or transposed)
+        return Added(own, added(changes), depends(changes), whole)
 
     def _merge(self, node: Merge, salt: str) -> Expression | None:
-        models = tuple(self.of(child, f"{salt}.{n}") for n, child in enumerate(node.inputs))
         settings = {key: self._setting(value) for key, value in node.parameters.items()}
         if node.method.name == "add":
-            kept = [(m, w) for m, w in zip(models[1:], settings["weights"], strict=True) if m is not None and w]
-            if not kept:
-                return models[0]
-            models = (models[0], *(m for m, _ in kept))
-            settings["weights"] = tuple(w for _, w in kept)
-        elif all(model is None for model in models):
-            return None
+            # What has no weight is not even read.
+            weights = (1.0, *settings["weights"])
+            given = [(self.of(child, f"{salt}.{n}"), weights[n]) for n, child in enumerate(node.inputs) if weights[n]]
+            kept = [(m, w) for m, w in given if m is not None]
+            if len(kept) == 1:
+                return kept[0][0]
+            models: tuple[Expression | None, ...] = tuple(m for m, _ in kept)
+            settings["weights"] = tuple(w for _, w in kept[1:])
+        else:
+            models = tuple(self.of(child, f"{salt}.{n}") for n, child in enumerate(node.inputs))
+            if all(model is None for model in models):
+                return None
         known = self.compiler.known.get(id(node))
         settings = node.method.check(settings, len(models))
-        statistics = tuple(self._statistics(file) for file in node.statistics)
-        found = Applied(
-            node.method, models, settings, salt, statistics, None if known is None else known[self.piece.label]
+        under_star = node.inputs[node.method.fixed :]
+        by_value = node.method.grain is Grain.VALUES
+        statistics = tuple(
+            self._statistics(file, child, by_value) for file, child in zip(node.statistics, under_star, strict=False)
         )
+        if known is None:
+            seen = None
+        elif self.piece.slot.spec.values:
+            seen = known[self.piece.label]
+        else:  # nobody looks at nothing, nor computes it
+            seen = ()
+        found = Applied(node.method, models, settings, salt, statistics, seen)
         self.made[id(node)] = found
         return found
 
-    def _statistics(self, file: str) -> int | None:
-        found = self.piece.statistics[file]
+    def _statistics(self, file: str, node: Node, by_value: bool) -> Given | None:
+        """Those of the model in this place, or of the one that a difference there is of."""
+        model = next((leaf for leaf in leaves(node) if isinstance(leaf, Model)), None)
+        if model is None:
+            return None
+        number, spot = self.piece.spots[model]
+        found = self.piece.statistics(file, spot.slot, number, by_value)
         if found is None:
             return None
         source, slot = found
-        return self._number(Input(source, slot), shared=slot.spec.shape != self.piece.slot.spec.shape)
+        turned = by_value and spot.transposed != self.piece.turned
+        return Given(self._number(Input(source, slot), shared=not by_value), turned)
 
     def _setting(self, value: Any) -> Any:
         if isinstance(value, Varied):
@@ -178,8 +198,9 @@ class _Compiled:
 # ------------------------------------------------------------------------------------------------ tasks
 
 
-def _tasks(root: Expression, compiled: _Compiled, *, looks_only: bool) -> list[Task]:
-    piece, grain = compiled.piece, root.grain
+def _tasks(root: Expression, compiled: _Compiled, *, looks_of: Applied | None = None) -> list[Task]:
+    piece = compiled.piece
+    grain = Grain.TENSOR if piece.turned else root.grain
     inputs = [Input(i.source, i.slot, n in compiled.shared) for n, i in enumerate(compiled.inputs)]
     own = [i.slot for n, i in enumerate(inputs) if n not in compiled.shared]
     flat = not piece.slot.spec.shape or (grain is Grain.VALUES and all(s.bands is None for s in (*own, piece.slot)))
@@ -191,20 +212,21 @@ def _tasks(root: Expression, compiled: _Compiled, *, looks_only: bool) -> list[T
         grain = Grain.ROWS
     wide = piece.slot.spec.values <= SMALL or bool(_WIDE & {piece.slot.spec.dtype, *(s.spec.dtype for s in own)})
     wide = wide or any(applied.method.double for applied, _ in applications(root))
+    shape = slot.spec.shape[::-1] if piece.turned else slot.spec.shape
     program = Program(
-        root, piece.label, compiled.compiler.seed, slot.spec.shape, grain, wide, frozenset(compiled.shared),
-        stages(root),
+        root, piece.label, compiled.compiler.seed, shape, grain, wide, frozenset(compiled.shared),
+        _stages(root, looks_of), piece.turned,
     )  # fmt: skip
-    work = _work_nbytes(root, slot, grain) + compiled.lora_nbytes
+    work = _work_nbytes(program, inputs) + compiled.lora_nbytes
     task_grain = Grain.TENSOR if grain is Grain.TENSOR else Grain.ROWS
     fill = Task(piece.label, tuple(inputs), (slot,), _filling(program), task_grain, work, repeated=decides(root))
-    if not program.stages and not looks_only:
-        return [fill]
-    if not looks_only and block_rows(fill) >= task_rows(fill):
-        return [Task(piece.label, fill.inputs, (slot,), _whole(program), Grain.TENSOR, work, repeated=fill.repeated)]
     found = [_look(program, number, fill, work) for number in range(len(program.stages))]
-    if looks_only:
+    if looks_of is not None:
         return found
+    if not found:
+        return [fill]
+    if block_rows(fill) >= task_rows(fill):
+        return [Task(piece.label, fill.inputs, (slot,), _whole(program), Grain.TENSOR, work, repeated=fill.repeated)]
     follows = len(program.stages)
     last = Task(
         piece.label, fill.inputs, (slot,), fill.compute, task_grain, work, repeated=fill.repeated, follows=follows
@@ -212,18 +234,36 @@ def _tasks(root: Expression, compiled: _Compiled, *, looks_only: bool) -> list[T
     return [*found, last]
 
 
-def _work_nbytes(root: Expression, slot: Slot, grain: Grain) -> int:
-    values = slot.spec.values
-    if grain is not Grain.TENSOR:
-        values = min(values, max(WORKING_VALUES, slot.spec.row_values))
-    looks = max((LOOK_NBYTES * len(s.applied.models) for s in stages(root)), default=0)
-    return 8 * (copies(root) + 1) * values + looks
+def _stages(root: Expression, looks_of: Applied | None) -> tuple[Stage, ...]:
+    """The looks of a tree; or those of one method in it, after those whose results it, or its place, needs."""
+    every = stages(root)
+    if looks_of is None:
+        return every
+    context = next(context for applied, context in applications(root) if applied is looks_of)
+    needed = {id(applied) for tree in (context, looks_of) for applied, _ in applications(tree)}
+    return tuple(stage for stage in every if id(stage.applied) in needed)
+
+
+def _work_nbytes(program: Program, inputs: Sequence[Input]) -> int:
+    """Of a block: working copies of the part that is computed, what is shared, what methods and looks take beside."""
+    root, values = program.expression, math.prod(program.shape)
+    if program.grain is not Grain.TENSOR:
+        values = min(values, max(WORKING_VALUES, math.prod(program.shape[1:])))
+    found = [applied for applied, _ in applications(root)]
+    shared = {s.number for a in found for s in a.statistics if s is not None and s.number in program.shared}
+    nbytes = 8 * sum(inputs[n].slot.spec.values for n in shared)
+    # A method that lacks one of its statistics does without them all.
+    nbytes += max((a.method.beside(program.shape) for a in found if a.method.beside and None not in a.statistics), default=0)
+    nbytes += max((LOOK_NBYTES * len(s.applied.models) for s in program.stages), default=0)
+    return 8 * (copies(root) + len(repeated(root)) + 1) * values + nbytes
 
 
 def _look(program: Program, number: int, fill: Task, work: int) -> Task:
     """A scan, whose rows are cut as those of the task that fills the tensor."""
     stage = program.stages[number]
     wanted = sorted({*numbers(stage.applied), *numbers(stage.context)})
+    if program.shared.issuperset(wanted):  # which does not tell how many rows there are
+        wanted = sorted({*wanted, next(n for n, entry in enumerate(fill.inputs) if not entry.shared)})
     whole = fill.grain is Grain.TENSOR
     count = len(fill.inputs)
 

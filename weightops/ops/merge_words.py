@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
-from weightops.merging.recipe import Lora, Merge, Model, Varied, leaves, merges
+from weightops.merging.recipe import Lora, Merge, Model, Varied, leaves, merges, references_of, renumbered
 from weightops.ops import recipe_words
 from weightops.ops.produce import stem
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def in_words(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> str:
     """The formula with the files' own names: people read alpha both ways."""
-    files = list(dict.fromkeys(leaf.file for leaf in leaves(recipe.root)))
+    files = list(dict.fromkeys(leaf.file for leaf in (*leaves(recipe.root), *references_of(recipe))))
     names = {file: stem(opened[file]) for file in files}
     if len(set(names.values())) < len(names):  # x/model and y/model
         names = {file: opened[file].label for file in files}
@@ -55,16 +55,21 @@ def _sum_in_words(names: Sequence[str], weights: Sequence[float]) -> str:
     return " ".join(f"{s}{abs(w):.6g} × {n}" for s, w, n in zip(signs, weights, names, strict=True))
 
 
-def said(recipe: Recipe, numbers: Mapping[str, int], models: Sequence[Model]) -> dict[str, Any]:
+def said(
+    recipe: Recipe, numbers: Mapping[str, int], models: Sequence[Model], references: Mapping[Model, int]
+) -> dict[str, Any]:
     """The recipe as it is written down: models as their places among `models`, which the inputs begin with.
 
-    numbers: of other files among the inputs.
+    numbers: of other files among the inputs; references: of models to which others are matched, and no more.
     """
+    recipe = renumbered(recipe)
 
     def of(node: Node) -> Any:
         if isinstance(node, Model):
             extra: dict[str, Any] = {"ema": True} if node.ema else {}
-            extra |= {} if node.to is None else {"rebasin": numbers[node.to]}
+            if node.to is not None:
+                extra["rebasin"] = references[node.to] if node.to in references else models.index(node.to)
+                extra |= {"rebasin_ema": True} if node.to.ema else {}
             return {"model": models.index(node), **extra}
         if isinstance(node, Lora):
             return {"lora": numbers[node.file]}

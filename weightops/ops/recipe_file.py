@@ -23,9 +23,9 @@ what another model is compared with. `like` is number 1, and `vae` is the number
 A node is one of these:
 
     a.safetensors               a name under models, else a file
-    {model: FILE, ema: true, rebasin: FILE}
+    {model: FILE, ema: true, rebasin: NODE}
                                 a model: with the averages of its weights (model_ema.*) in their place; with its
-                                channels matched to another model's first
+                                channels matched to another model's first, which lies as it is
     {lora: FILE, strength: X}   what a LoRA adds
     {METHOD: [NODE, …], SETTING: VALUE, …}
                                 a method with its models in their order; one alone needs no brackets
@@ -166,8 +166,16 @@ class _Reader:
         ema = entries.get("ema", Said(said.line, False))
         if not isinstance(ema.value, bool):
             raise self._refused(ema.line, f"ema: found {ema.shown}, expected true or false")
-        to = self.file(entries["rebasin"]) if "rebasin" in entries else None
+        to = self._reference(entries["rebasin"]) if "rebasin" in entries else None
         return Part(Model(self.file(entries["model"]), ema.value, to), said.line)
+
+    def _reference(self, said: Said) -> Model:
+        """The model to which another's channels are matched."""
+        node = self.part(said).node
+        if not isinstance(node, Model) or node.to is not None:
+            what = "a model that is itself matched to another" if isinstance(node, Model) else "no model"
+            raise self._refused(said.line, f"rebasin: found {what}, expected a model whose channels stay")
+        return node
 
     def _lora(self, said: Said, entries: Mapping[str, Said]) -> Part:
         check_keys(self.label, said, ("lora", "strength"), "of a LoRA")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightops.merging.recipe import Lora, Merge, Model, Node, Recipe, Varied, kind_of, models_of
+from weightops.ops.merge import check_recipe
 from weightops.ops.recipe_node import rest_of
 from weightops.ops.yaml_lines import NUMBER
 
@@ -29,9 +30,10 @@ class _File(str):
 def recipe_text(recipe: Recipe) -> str:
     """YAML that `parse_recipe`, in the current folder, reads as an equal recipe; a file that stands often has a name.
 
-    The models are numbered there as the tree has them. Raises ValueError for what the language cannot say: 1 less
-    numbers for blocks, but as the first of two weights.
+    The models are numbered there as the tree has them. Raises UsageError for what makes no sense, and ValueError for
+    what the language cannot say: 1 less numbers for blocks, but as the first of two weights.
     """
+    check_recipe(recipe)
     numbered = models_of(recipe.root)
     said: dict[str, Any] = {"merge": _written(recipe.root)}
     if recipe.like != numbered[0]:
@@ -84,7 +86,7 @@ def _written(node: Node) -> Any:
     said: dict[str, Any] = {"model": _File(node.file)}
     if node.ema:
         said["ema"] = True
-    return said if node.to is None else {**said, "rebasin": _File(node.to)}
+    return said if node.to is None else {**said, "rebasin": _written(node.to)}
 
 
 def _written_over(node: Merge) -> dict[str, Any] | None:

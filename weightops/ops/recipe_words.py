@@ -48,7 +48,7 @@ def _formula(node: Node, names: Mapping[str, str]) -> str:
 def _leaf(node: Model | Lora, names: Mapping[str, str]) -> str:
     name = names.get(node.file, node.file)
     if isinstance(node, Model) and node.to is not None:
-        name = f"rebasin({name}; to {names.get(node.to, node.to)})"
+        name = f"rebasin({name}; to {_leaf(node.to, names)})"
     return f"ema({name})" if isinstance(node, Model) and node.ema else name
 
 

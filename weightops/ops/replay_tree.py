@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightops.errors import FormatError, UsageError, quote
-from weightops.merging.recipe import Lora, Model, Node, Recipe, Varied, kind_of, leaves, merged, merges
+from weightops.merging.recipe import Lora, Model, Node, Recipe, Varied, kind_of, leaves, merged, merges, references_of
 from weightops.ops.merge import check_recipe
 from weightops.ops.replay_fields import Fields, is_number, is_whole
 
@@ -38,7 +38,7 @@ def read_tree(fields: Fields, count: int) -> tuple[tuple[str, ...], Callable[[Se
     def recipe(files: Sequence[str]) -> Recipe:
         reader.nodes = 0
         root = reader.node(tree, files)
-        first = reader.model(like, files, (averaged, None))  # it may stand outside of the tree
+        first = reader.model(like, files, (averaged, None, False))  # it may stand outside of the tree
         models = [reader.model(number, files) for number in numbered]
         given = reader.file(file, files, "vae") if file is not None else vae
         return Recipe(root, first, tuple(models), given, text_encoder, dtype, tuple(drop), on_mismatch, seed)
@@ -57,7 +57,7 @@ class _Tree:
         self.fields = fields
         self.count = count
         self.kinds: dict[int, str] = {}
-        self.models: dict[int, tuple[bool, int | None]] = {}
+        self.models: dict[int, tuple[bool, int | None, bool]] = {}
         self.nodes = 0
 
     def file(self, number: Any, files: Sequence[str], kind: str) -> str:
@@ -68,11 +68,13 @@ class _Tree:
         found: str = files[number]
         return found
 
-    def model(self, number: Any, files: Sequence[str], said: tuple[bool, int | None] = (False, None)) -> Model:
+    def model(
+        self, number: Any, files: Sequence[str], said: tuple[bool, int | None, bool] = (False, None, False)
+    ) -> Model:
         """The model, as it was described first."""
         file = self.file(number, files, "checkpoint")
-        ema, to = self.models.setdefault(number, said)
-        return Model(file, ema, None if to is None else self.file(to, files, "checkpoint"))
+        ema, to, of_averages = self.models.setdefault(number, said)
+        return Model(file, ema, None if to is None else Model(self.file(to, files, "checkpoint"), of_averages))
 
     def node(self, said: Any, files: Sequence[str]) -> Node:
         self.nodes += 1
@@ -82,7 +84,8 @@ class _Tree:
         fields = Fields(self.fields.label, {**said, "version": self.fields.said["version"]}, {"version"})
         found: Node
         if "model" in said:
-            number, own = fields.whole("model"), (fields.flag("ema", False), fields.whole("rebasin", None))
+            number, to = fields.whole("model"), fields.whole("rebasin", None)
+            own = fields.flag("ema", False), to, to is not None and fields.flag("rebasin_ema", False)
             found = self.model(number, files, own)
             if self.models[number] != own:
                 raise self.fields.refused(f"its recipe says two things of input {number}")
@@ -124,6 +127,7 @@ class _Tree:
         seen: list[str] = [leaf.file for leaf in leaves(recipe.root) if isinstance(leaf, Model)]
         seen += [recipe.like.file]
         seen += [] if recipe.vae == "merge" or recipe.vae.isdecimal() else [recipe.vae]
+        seen += [model.file for model in references_of(recipe)]
         seen += [leaf.file for leaf in leaves(recipe.root) if isinstance(leaf, Lora)]
         seen += [file for node in merges(recipe.root) for file in node.statistics]
         if list(dict.fromkeys(seen)) != [f"input {n}" for n in range(self.count)]:

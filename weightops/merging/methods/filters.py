@@ -22,7 +22,22 @@ _REACH = 4
 _GAUSSIAN = tuple(math.exp(-(x**2) / 2) for x in range(-_REACH, _REACH + 1))
 
 
-@merge_method(Grain.TENSOR, copies=3)
+def _smoothing_nbytes(shape: Sequence[int]) -> int:
+    """Of the boxes of a step, or of the rows that are blurred at once, whichever are more; in float64."""
+    lengths = [n for n in shape if n != 1] or [1]
+    if 0 in lengths:
+        return 0
+    in_row, size = math.prod(lengths[1:]), 3 ** len(lengths)
+    boxes = min(lengths[0], max(1, WORKING_VALUES // (in_row * size))) * in_row * size
+    rows = min(lengths[0], max(1, WORKING_VALUES // in_row))
+    wider = max((1 + 2 * _REACH / n for n in lengths[1:]), default=1.0)  # beyond the edges
+    blurred = 12 * (rows + 2 * _REACH) * in_row + math.ceil(8 * (1 + 2 * wider) * rows * in_row)
+    # Two lots of boxes, where their values stand, and the rows that are in them.
+    boxed = 24 * boxes + 16 * (boxes // size + 2 * in_row)
+    return max(boxed, blurred) + 4096
+
+
+@merge_method(Grain.TENSOR, copies=3, beside=_smoothing_nbytes)
 def smooth_add(*deltas: Delta, weights: Weights) -> Delta:
     """Σ wᵢ·gauss(median(Δᵢ)): differences smoothed, by the median of each value's neighbours and then a Gaussian.
 

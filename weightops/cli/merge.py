@@ -47,7 +47,7 @@ def _check_alone(ctx: click.Context) -> None:
 @click.option("--list-methods", is_flag=True, is_eager=True, expose_value=False, callback=_list_methods,
               help="Show the methods and leave.")  # fmt: skip
 @click.option("--blocks", metavar="SPEC",
-              help="Other numbers for --alpha in some blocks or layers: IN04-IN08=0.2,attn.q=0, a preset …")  # fmt: skip
+              help="Other numbers for --alpha in blocks or layers: IN04-IN08=0.2,attn.q=0, a preset …")  # fmt: skip
 @click.option("--statistics", metavar="FILE", multiple=True,
               help="For fisher and regmean: of each model in turn, a file with its statistics.")  # fmt: skip
 @click.option("--ema", is_flag=True, help="Take the averages that training kept (model_ema.*) as the weights.")

@@ -87,9 +87,7 @@ class Lane(Protocol):
         """Called once before a buffer is let go."""
 
 
-def _blocks(
-    chunk: Chunk, inputs: Sequence[Tensor], outputs: Sequence[Tensor], found: Sequence[Any]
-) -> list[Any]:
+def _blocks(chunk: Chunk, inputs: Sequence[Tensor], outputs: Sequence[Tensor], found: Sequence[Any]) -> list[Any]:
     task = chunk.task
     compute = cast("Callable[..., Any]", task.compute)
     values = []

@@ -82,8 +82,8 @@ class MergeMethod:
     whatever comes in. decides: it chooses between values (by a threshold, a vote), so that the last bit of an input may
     change a result much. copies: working copies of a part that the function makes at most, its result among them; each:
     so many more for each model. beside: `beside(shape)` gives the bytes that it takes beside them, of a tensor of this
-    shape, if it has all its statistics. shares: its weights are shares of a whole: doubled, they give the same (as those of one
-    with a setting `normalize` do, where that is true).
+    shape, if it has all its statistics. shares: its weights are shares of a whole: doubled, they give the same (as
+    those of one with a setting `normalize` do, where that is true).
     refuse: `refuse(count, parameters)` raises UsageError for settings, or a number of models, that make no sense.
     """
 

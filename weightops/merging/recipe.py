@@ -198,7 +198,5 @@ def renumbered(recipe: Recipe) -> Recipe:
     words = (recipe.vae, recipe.text_encoder)
     meant = [recipe.numbered[int(word) - 1] for word in words if word.isdecimal()]
     numbered = tuple(dict.fromkeys([*models_of(recipe.root), *meant]))
-    numbers = [
-        str(numbered.index(recipe.numbered[int(word) - 1]) + 1) if word.isdecimal() else word for word in words
-    ]
+    numbers = [str(numbered.index(recipe.numbered[int(word) - 1]) + 1) if word.isdecimal() else word for word in words]
     return replace(recipe, numbered=numbered, vae=numbers[0], text_encoder=numbers[1])

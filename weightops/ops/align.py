@@ -50,7 +50,7 @@ class Alignment:
         }
 
     def names(self, key: str) -> list[tuple[Name, Place]]:
-        """The canonical tensors that the first model's tensor holds, in their order; none where its names are unknown."""
+        """The canonical tensors that the first model's tensor holds, in order; none where its names are unknown."""
         if self._pieces is None:
             self._pieces = {}
             for name, found in places_of(self.first, self.identity).items():

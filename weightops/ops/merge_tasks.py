@@ -253,7 +253,9 @@ def _work_nbytes(program: Program, inputs: Sequence[Input]) -> int:
     shared = {s.number for a in found for s in a.statistics if s is not None and s.number in program.shared}
     nbytes = 8 * sum(inputs[n].slot.spec.values for n in shared)
     # A method that lacks one of its statistics does without them all.
-    nbytes += max((a.method.beside(program.shape) for a in found if a.method.beside and None not in a.statistics), default=0)
+    nbytes += max(
+        (a.method.beside(program.shape) for a in found if a.method.beside and None not in a.statistics), default=0
+    )
     nbytes += max((LOOK_NBYTES * len(s.applied.models) for s in program.stages), default=0)
     return 8 * (copies(root) + len(repeated(root)) + 1) * values + nbytes
 
@@ -261,9 +263,8 @@ def _work_nbytes(program: Program, inputs: Sequence[Input]) -> int:
 def _look(program: Program, number: int, fill: Task, work: int) -> Task:
     """A scan, whose rows are cut as those of the task that fills the tensor."""
     stage = program.stages[number]
+    # All of a LoKr is shared; but it stands in the place of a model, which tells how many rows there are.
     wanted = sorted({*numbers(stage.applied), *numbers(stage.context)})
-    if program.shared.issuperset(wanted):  # which does not tell how many rows there are
-        wanted = sorted({*wanted, next(n for n, entry in enumerate(fill.inputs) if not entry.shared)})
     whole = fill.grain is Grain.TENSOR
     count = len(fill.inputs)
 

@@ -27,7 +27,7 @@ def _smoothing_nbytes(shape: Sequence[int]) -> int:
     lengths = [n for n in shape if n != 1] or [1]
     if 0 in lengths:
         return 0
-    in_row, size = math.prod(lengths[1:]), 3 ** len(lengths)
+    in_row, size = math.prod(lengths[1:]), math.prod(3 for _ in lengths)
     boxes = min(lengths[0], max(1, WORKING_VALUES // (in_row * size))) * in_row * size
     rows = min(lengths[0], max(1, WORKING_VALUES // in_row))
     wider = max((1 + 2 * _REACH / n for n in lengths[1:]), default=1.0)  # beyond the edges

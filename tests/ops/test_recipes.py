@@ -339,7 +339,10 @@ ALIKE = {
         "BASE=0, linear(0..1), BASE=0",
     ),
     "orig_wan21_t2v_1_3b": ("block.0-9=0.2, attn.q=0.9", "*=0.5; block.0-9=0.2; *to_q*=0.9"),
-    "orig_flux_dev_bfl": ("double=0.2, single.10-37=0.9", "double.0-18=0.2\nsingle.1?=0.9 \nsingle.2?=0.9\nsingle.3?=0.9"),
+    "orig_flux_dev_bfl": (
+        "double=0.2, single.10-37=0.9",
+        "double.0-18=0.2\nsingle.1?=0.9;single.2?=0.9, single.3?=0.9",
+    ),
 }  # fmt: skip
 
 

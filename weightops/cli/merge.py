@@ -36,7 +36,7 @@ def _check_alone(ctx: click.Context) -> None:
 
 
 @click.command("merge", short_help="Two or more models into one.")
-@click.argument("models", metavar="MODEL…", nargs=-1)
+@click.argument("models", metavar="[MODEL…]", nargs=-1)
 @click.option("--alpha", type=float, metavar="X",
               help="Two models: (1-X)·A + X·B; with --base C, A + X·(B - C).  [default: 0.5; 1]")  # fmt: skip
 @click.option("--weights", type=options.Numbers(), help="One weight per model, normalised to a sum of 1.")

@@ -38,9 +38,15 @@ FLOORS: dict[str, set[str]] = {
     "merging": {"errors", "registry", "plan"},
     "lora": {"errors", "registry", "files", "naming"},
     "ops": {"errors", "registry", "files", "naming", "lineage", "plan", "engine", "merging", "lora", "version"},
-    "cli": {"errors", "registry", "files", "naming", "lineage", "plan", "engine", "merging", "lora", "ops", "version"},
+    "diffusion": {
+        "errors", "registry", "files", "naming", "lineage", "plan", "engine", "merging", "lora", "ops", "version",
+    },
+    "cli": {
+        "errors", "registry", "files", "naming", "lineage", "plan", "engine", "merging", "lora", "ops", "diffusion",
+        "version",
+    },
     # The package itself holds the version, and loads a verb when it is asked for.
-    "__init__": {"ops"},
+    "__init__": {"ops", "diffusion"},
 }
 
 # The only modules that may import torch before it is used.
@@ -132,13 +138,15 @@ def test_only_the_command_line_prints(path: Path) -> None:
             called = ast.unparse(node.func)
             assert called not in ("print", "input"), f"line {node.lineno}"
             assert not called.startswith(("click.", "sys.stdout", "sys.stderr", "logging.")), f"line {node.lineno}"
-    assert not {"click", "rich", "logging", "warnings"} & {module.split(".")[0] for module in imports_of(path)}
+    said = {"click", "rich", "logging"} | ({"warnings"} if name_of(path) != "diffusion/extras.py" else set())
+    assert not said & {module.split(".")[0] for module in imports_of(path)}
 
 
 @every_file
 def test_torch_numpy_and_rich_are_imported_where_they_are_used(path: Path) -> None:
     """At the top of a file they would be paid for by --help, and by whoever only looks at a header."""
     heavy = {"torch", "numpy", "rich", "xxhash", "huggingface_hub", "safetensors", "matplotlib", "scipy", "yaml"}
+    heavy |= {"accelerate", "diffusers", "peft", "PIL", "transformers", "imageio_ffmpeg"}
     if name_of(path) in TORCH_AT_THE_TOP:
         heavy -= {"torch"}
     for node in tree_of(path).body:
@@ -203,20 +211,36 @@ def test_what_is_imported_is_what_is_declared() -> None:
     said: Any = project()["project"]
     lines = [*said["dependencies"], *(line for name in EXTRAS for line in said["optional-dependencies"][name])]
     declared = {re.split(r"[<>=~!\[; ]", line)[0] for line in lines}
-    names = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml"}
+    names = {
+        "huggingface-hub": "huggingface_hub", "pyyaml": "yaml", "pillow": "PIL", "imageio-ffmpeg": "imageio_ffmpeg",
+    }  # fmt: skip
     used = {module.split(".")[0] for path in FILES for module in imports_of(path, types=False)}
     assert used - set(sys.stdlib_module_names) - {"weightops"} == {names.get(name, name) for name in declared}
 
 
-# Each extra, the package that it brings, and the only file that may import it.
-EXTRAS = {"plot": ("matplotlib", "cli/plots.py"), "rebasin": ("scipy", "merging/rebasin.py")}
+# Each extra, and of each package that it brings the only places that may import it: files, or a floor.
+EXTRAS = {
+    "plot": {"matplotlib": ("cli/plots.py", "diffusion/figures.py")},
+    "rebasin": {"scipy": ("merging/rebasin.py",)},
+    "diffusion": {
+        "accelerate": ("diffusion/",),
+        "diffusers": ("diffusion/",),
+        "matplotlib": ("cli/plots.py", "diffusion/figures.py"),
+        "peft": ("diffusion/",),
+        "PIL": ("diffusion/",),
+        "transformers": ("diffusion/",),
+    },
+    "video": {"imageio_ffmpeg": ("diffusion/video.py",)},
+}
 
 
 @pytest.mark.parametrize("name", EXTRAS)
 def test_an_extra_is_used_where_it_is_needed_alone(name: str) -> None:
-    package, file = EXTRAS[name]
-    users = {name_of(path) for path in FILES for module in imports_of(path) if module.split(".")[0] == package}
-    assert users == {file}
+    for package, places in EXTRAS[name].items():
+        users = {name_of(path) for path in FILES for module in imports_of(path) if module.split(".")[0] == package}
+        assert users, package
+        assert all(user.startswith(places) for user in users), package
+        assert all(any(user.startswith(place) for user in users) for place in places), package
 
 
 def test_the_version_is_said_in_one_place_for_all() -> None:

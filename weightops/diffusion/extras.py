@@ -1,0 +1,47 @@
+"""The optional packages: says in one line what to install, and keeps their warnings and logs from the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+from weightops.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# What a package is called where it is installed, if not as it is imported.
+_INSTALLED_AS = {"PIL": "pillow", "imageio_ffmpeg": "imageio-ffmpeg"}
+
+
+def need(where: str, *packages: str, extra: str = "diffusion") -> None:
+    """Refuse to begin without these packages, before anything is read. Raises UsageError, which begins with `where`."""
+    missing = [_INSTALLED_AS.get(name, name) for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        what = f"needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
+        raise UsageError(where, what, f"pip install 'weightops[{extra}]'")
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """diffusers and transformers log and draw bars of their own: errors alone pass, and what raises still raises."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import diffusers
+        import transformers
+
+        before = diffusers.logging.get_verbosity(), transformers.logging.get_verbosity()
+        diffusers.logging.set_verbosity_error()
+        transformers.logging.set_verbosity_error()
+        diffusers.logging.disable_progress_bar()
+        transformers.logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            diffusers.logging.set_verbosity(before[0])
+            transformers.logging.set_verbosity(before[1])

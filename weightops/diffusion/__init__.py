@@ -1,1 +1,1 @@
-"""The thin diffusers layer: captions, LoRA training, sampling, evaluation. The libraries do the work; extras bring them."""
+"""The thin diffusers layer: captions, LoRA training, sampling, evaluation. Extras bring the libraries that do the work."""

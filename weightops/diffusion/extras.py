@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightops.errors import UsageError
 
@@ -32,16 +33,15 @@ def hushed() -> Iterator[None]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import diffusers
-        import transformers
-
-        before = diffusers.logging.get_verbosity(), transformers.logging.get_verbosity()
-        diffusers.logging.set_verbosity_error()
-        transformers.logging.set_verbosity_error()
-        diffusers.logging.disable_progress_bar()
-        transformers.logging.disable_progress_bar()
+        loggings: list[Any] = [
+            importlib.import_module("diffusers.utils.logging"), importlib.import_module("transformers.utils.logging"),
+        ]  # fmt: skip
+        before = [each.get_verbosity() for each in loggings]
+        for each in loggings:
+            each.set_verbosity_error()
+            each.disable_progress_bar()
         try:
             yield
         finally:
-            diffusers.logging.set_verbosity(before[0])
-            transformers.logging.set_verbosity(before[1])
+            for each, level in zip(loggings, before, strict=True):
+                each.set_verbosity(level)

@@ -37,6 +37,7 @@ from weightops.engine.finite import first_nonfinite
 from weightops.engine.raw import compute_raw
 from weightops.errors import ValueRefused, quote
 from weightops.files.folder import FolderWriter
+from weightops.files.held import Held
 from weightops.files.writer import SafetensorsWriter
 from weightops.plan import Block, Grain
 
@@ -123,7 +124,7 @@ def usable_cores() -> int:
 
 def run(
     plan: Plan,
-    output: Path | None,
+    output: Path | Held | None,
     *,
     memory: int,
     device: str = "cpu",
@@ -132,7 +133,7 @@ def run(
     on_progress: Progress = ignore,
     beside: Beside | None = None,
 ) -> Outcome:
-    """Carry out `plan`; with outputs, the file or folder `output` appears whole or not at all.
+    """Carry out `plan`; with outputs, the file or folder `output` appears whole or not at all, or is held in memory.
 
     memory: bytes in flight. device: auto, cpu, cuda, cuda:N. threads: blocks computed at once on the CPU
     (None: the usable cores). on_progress(done, total) is called from this thread, in bytes.
@@ -161,8 +162,11 @@ def run(
     return outcome
 
 
-def _open_writer(plan: Plan, output: Path | None, *, force: bool) -> SafetensorsWriter | FolderWriter:
+def _open_writer(plan: Plan, output: Path | Held | None, *, force: bool) -> SafetensorsWriter | FolderWriter | Held:
     assert output is not None
+    if isinstance(output, Held):
+        output.begin(plan.outputs, plan.files, plan.extras)
+        return output
     metadata = plan.file_metadata([PLACEHOLDER] * len(plan.sources))
     inputs = [file for source in plan.sources for file in source.files]
     if not plan.files:
@@ -186,7 +190,7 @@ class _Run:
     """The state that the workers of one run share."""
 
     def __init__(
-        self, plan: Plan, writer: SafetensorsWriter | FolderWriter | None, memory: int, device: str, threads: int
+        self, plan: Plan, writer: SafetensorsWriter | FolderWriter | Held | None, memory: int, device: str, threads: int
     ) -> None:
         self.plan = plan
         self.writer = writer

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from typing import TypeAlias
 
+    from weightops.files.held import Held, HeldPath
     from weightops.files.hub import HubPath
 
-    Place: TypeAlias = Path | HubPath
+    Place: TypeAlias = Path | HubPath | HeldPath
+    Named: TypeAlias = str | os.PathLike[str] | Held  # what a verb may be given for a file
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 INDEX_SUFFIX = ".index.json"
@@ -131,13 +133,15 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(label: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(label: Named) -> Checkpoint:
     """Open what the user named: a file, an index of shards, a folder of shards, a diffusers folder or component.
 
-    Any of them may lie on a hub: `hf://owner/name[@revision][/path]`.
+    Any of them may lie on a hub: `hf://owner/name[@revision][/path]`, or be held in memory (`weightops.files.held`).
     Raises UsageError when there is no such thing, FormatError and UnsafeError when it is not what it should be,
     NetworkError when the hub cannot be read.
     """
+    if not isinstance(label, str | os.PathLike):
+        return label.open()
     label = os.fspath(label)
     if not label or "\0" in label:
         raise UsageError(quote(label), "no file has this name")

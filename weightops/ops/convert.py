@@ -12,6 +12,7 @@ from weightops.engine.run import Progress, ignore
 from weightops.errors import FormatError, Interrupted, MismatchError, UsageError, listing, quote
 from weightops.files.checkpoint import Checkpoint, open_checkpoint
 from weightops.files.folder import shards
+from weightops.files.held import Held
 from weightops.lora.dialects import DIALECTS
 from weightops.naming.identify import family_of, identify
 from weightops.ops.convert_adapter import (
@@ -26,7 +27,7 @@ from weightops.ops.convert_adapter import (
 from weightops.ops.folders import open_like
 from weightops.ops.layout import LAYOUTS, Way, Wish, plan_layout
 from weightops.ops.prediction import KINDS
-from weightops.ops.produce import Planned, check_words, kept_metadata, named, produce, stem
+from weightops.ops.produce import Planned, check_words, kept_metadata, named, on_disk, produce, stem
 from weightops.ops.report import Account, Report, Unused, peak_memory_bytes, tensors
 from weightops.ops.respell import becomes, carry
 from weightops.ops.roundtrip import check as check_bytes
@@ -36,14 +37,15 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
+    from weightops.files.checkpoint import Named
     from weightops.files.tensor import TensorSpec
 
 
 def convert(
-    path: str | os.PathLike[str],
+    path: Named,
     *,
     to: str | None = None,
-    output: str | os.PathLike[str] | None = None,
+    output: Named | None = None,
     dtype: str = "keep",
     drop: Sequence[str] = (),
     shard_size: int | None = None,
@@ -67,7 +69,9 @@ def convert(
     dry_run: bool = False,
     on_progress: Progress = ignore,
 ) -> Report:
-    """Write the tensors of `path` in another layout, or under the names that they have (output None: named after it).
+    """Write the tensors of `path` in another layout, or under the names that they have.
+
+    output: a file or folder; None: named after `path`; a Held: into memory.
 
     to: of a checkpoint diffusers (a folder, with its settings), original or comfy (a file); of a LoRA kohya, diffusers,
     peft (a folder), comfy or onetrainer; lora, of which every family becomes one, under the file's own names: exactly
@@ -98,13 +102,13 @@ def convert(
         check_kind(opened.label, identity.kind, to, of_checkpoints, words)
         if identity.kind == "lora" and to == TO_LORA:
             return convert_to_lora(
-                opened, words, LoraWish(rank, conv_rank, base, seed), output, memory=memory, device=device,
-                threads=threads, force=force, dry_run=dry_run, check=verify, on_progress=on_progress,
+                opened, words, LoraWish(rank, conv_rank, base, seed), on_disk(output, "a LoRA"), memory=memory,
+                device=device, threads=threads, force=force, dry_run=dry_run, check=verify, on_progress=on_progress,
             )  # fmt: skip
         if identity.kind == "lora" and to is not None:
             return convert_adapter(
-                opened, words, output, memory=memory or DEFAULT_MEMORY, device=device, threads=threads, force=force,
-                dry_run=dry_run, check=verify, on_progress=on_progress,
+                opened, words, on_disk(output, "a LoRA"), memory=memory or DEFAULT_MEMORY, device=device,
+                threads=threads, force=force, dry_run=dry_run, check=verify, on_progress=on_progress,
             )  # fmt: skip
         wish = Wish(
             to or "", dtype, tuple(drop), shard_size, None if like is None else open_like(str(like)),
@@ -114,13 +118,14 @@ def convert(
         if strict:
             _refuse_losses(planned.account, to)
         if check:
+            on_disk(output, "--check")
             _refuse_casts(planned.account, dtype)
         written = _named(output, opened, planned, to)
         report = produce(
             "convert", planned, written, memory=memory or DEFAULT_MEMORY, device=device, threads=threads, force=force,
             dry_run=dry_run, check=verify, on_progress=on_progress,
         )  # fmt: skip
-        if check and not dry_run:
+        if check and not dry_run and not isinstance(written, Held):
             try:
                 report.checked = check_bytes(opened, planned.plan, way, written, on_progress=on_progress)
             except (Interrupted, KeyboardInterrupt):
@@ -194,8 +199,10 @@ def _check_words(
             raise UsageError(option, "says something only with --to diffusers")
 
 
-def _named(output: str | os.PathLike[str] | None, opened: Checkpoint, planned: Planned, to: str | None) -> Path:
+def _named(output: Named | None, opened: Checkpoint, planned: Planned, to: str | None) -> Path | Held:
     """The output that was asked for, or a name after the input's, which it never is."""
+    if isinstance(output, Held):
+        return output
     name = stem(opened)
     if to == "diffusers":
         return Path(output) if output is not None else named(None, name, "-diffusers").with_suffix("")

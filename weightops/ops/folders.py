@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weightops.errors import FormatError, MismatchError, UsageError, quote
 from weightops.files.checkpoint import WEIGHTLESS, Checkpoint
 from weightops.files.folder import OutputFile
+from weightops.files.held import Held
 from weightops.naming.keymap import Count, Dim, Has, Which
 
 if TYPE_CHECKING:
@@ -351,11 +352,16 @@ def same_folder(
     return tuple(files), small
 
 
-def into_folder(first: Checkpoint, plan: Plan, target: Path, *, asked: bool) -> tuple[Plan, Path]:
+def into_folder(first: Checkpoint, plan: Plan, target: Path | Held, *, asked: bool) -> tuple[Plan, Path | Held]:
     """The plan, and where it writes: a diffusers folder becomes one again, unless a single file was asked for.
 
     first: the checkpoint whose names the outputs have.
     """
+    if isinstance(target, Held):
+        if first.container != "diffusers":
+            return plan, target
+        files, extras = same_folder(first, plan.outputs)
+        return replace(plan, files=files, extras=extras), target
     single = target.suffix.lower() == ".safetensors"
     if first.container != "diffusers" or (asked and single):
         return plan, target

@@ -14,18 +14,20 @@ from weightops.engine.chunks import DEFAULT_MEMORY, memory_for
 from weightops.engine.run import Outcome, Progress, ignore, import_torch_ahead
 from weightops.errors import Interrupted, UsageError, WeightopsError, quote
 from weightops.files.checkpoint import open_checkpoint
+from weightops.files.held import Held
 from weightops.merging.rounding import ROUNDINGS
 from weightops.naming.blocks import parse_blocks
 from weightops.ops.embeddings import plan_embeddings
 from weightops.ops.folders import into_folder
 from weightops.ops.fuse_plan import BESIDE, Wish, plan_fuse
-from weightops.ops.produce import check_words, named, produce, stem
+from weightops.ops.produce import check_words, named, on_disk, produce, stem
 from weightops.ops.undo import Undo
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping, Sequence
 
+    from weightops.files.checkpoint import Named
     from weightops.ops.report import Report
     from weightops.ops.survival import Survival
 
@@ -33,9 +35,9 @@ _STRENGTH = re.compile(r"(?P<file>.+):(?P<strength>[+-]?(\d+\.?\d*|\.\d+)([eE][+
 
 
 def fuse(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: Named,
     *loras: str | os.PathLike[str] | tuple[str | os.PathLike[str], float],
-    output: str | os.PathLike[str] | None = None,
+    output: Named | None = None,
     text_encoder: float | None = None,
     blocks: str | None = None,
     undo: str | os.PathLike[str] | None = None,
@@ -54,7 +56,7 @@ def fuse(
     verify: bool = False,
     on_progress: Progress = ignore,
 ) -> Report:
-    """Write `checkpoint` with LoRAs in it to the file `output` (None: a name built from theirs).
+    """Write `checkpoint` with LoRAs in it to the file `output` (None: a name built from theirs; a Held: into memory).
 
     loras: files, or "file:0.8", or (file, 0.8): a strength of s adds s·ΔW, whatever the family, rank and alpha; where a
     family is no addition (DoRA, OFT, …) it is W + s·(W' − W), W' always from the original W. text_encoder: the strength
@@ -101,12 +103,14 @@ def fuse(
         planned.then = then
         beside = None
         if undo is not None:
+            on_disk(output, "--undo")
+            assert isinstance(target, Path)
             beside = stack.enter_context(Undo(Path(undo), planned.plan, target, force=force))
             planned.plan = beside.plan
         bundled = None
         if embeddings is not None:
-            given = [checkpoint, *(file for file, _ in asked)]
-            _check_apart(Path(embeddings), [target, *map(Path, [*given, *([] if undo is None else [undo])])])
+            given = [checkpoint, *(file for file, _ in asked), target, *([] if undo is None else [undo])]
+            _check_apart(Path(embeddings), [Path(place) for place in given if not isinstance(place, Held)])
             bundled = functools.partial(
                 produce, "fuse", plan_embeddings(files), Path(embeddings), memory=DEFAULT_MEMORY, device="cpu",
                 threads=1, force=force, check=False, on_progress=ignore,
@@ -117,7 +121,7 @@ def fuse(
             force=force, dry_run=dry_run, check=verify, on_progress=on_progress, beside=beside,
         )  # fmt: skip
         if bundled is not None:
-            told = bundled(dry_run=True) if dry_run else _after(target, lambda: bundled(dry_run=False))
+            told = bundled(dry_run=True) if dry_run else _after(str(report.output), lambda: bundled(dry_run=False))
             report.details["embeddings"] = {"output": str(embeddings), "bytes_written": told.bytes_written}
         if beside is not None:
             report.details["undo"] = {
@@ -182,15 +186,15 @@ def _check_apart(folder: Path, others: Sequence[Path]) -> None:
                 raise UsageError("--embeddings", f"{str(folder)!r} holds {str(other)!r}", "name a new folder")
 
 
-def _after(output: Path, copy_out: Callable[[], Report]) -> Report:
+def _after(output: str, copy_out: Callable[[], Report]) -> Report:
     """What follows when the output is written; an error says that it is."""
     try:
         return copy_out()
     except (Interrupted, KeyboardInterrupt):
-        what = f"interrupted while embeddings were copied out; {str(output)!r} is written, and whole"
+        what = f"interrupted while embeddings were copied out; {output!r} is written, and whole"
         raise Interrupted("--embeddings", what) from None
     except WeightopsError as e:
-        raise type(e)(e.where, f"{e.what}; {str(output)!r} is written, and whole", e.hint) from None
+        raise type(e)(e.where, f"{e.what}; {output!r} is written, and whole", e.hint) from None
 
 
 def _in_words(base: str, loras: Sequence[tuple[str, float]]) -> str:

@@ -18,14 +18,15 @@ from weightops.ops.folders import into_folder
 from weightops.ops.merge_grid import merge_grid, variants_of
 from weightops.ops.merge_looks import found_orders, looked_everywhere, passes, rebased
 from weightops.ops.merge_plan import Wish, option_of, plan_merge
-from weightops.ops.produce import Bar, check_words, named, produce, stem
+from weightops.ops.produce import Bar, check_words, named, on_disk, produce, stem
 from weightops.ops.recipe_words import drawn
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
-    from weightops.files.checkpoint import Checkpoint
+    from weightops.files.checkpoint import Checkpoint, Named
+    from weightops.files.held import Held
     from weightops.merging.method import MergeMethod
     from weightops.merging.recipe import Node
     from weightops.ops.merge_grid import Score
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 def merge(
     *models: str | os.PathLike[str],
-    output: str | os.PathLike[str] | None = None,
+    output: Named | None = None,
     recipe: str | os.PathLike[str] | Recipe | None = None,
     alpha: float | None = None,
     weights: Sequence[float] | None = None,
@@ -65,7 +66,7 @@ def merge(
     verify: bool = False,
     on_progress: Progress = ignore,
 ) -> Report:
-    """Merge models into the file `output` (None: a name built from theirs, in the current folder).
+    """Merge models into the file `output` (None: a name built from theirs, in this folder; a Held: into memory).
 
     recipe: a tree of models, LoRAs, differences and methods, a YAML file or as a value, in place of `models` and all
     that is said of them. alpha: for two models, (1−α)·A + α·B; with `base` C, A + α·(B − C). weights: one per model,
@@ -119,7 +120,7 @@ def merge(
             orders, moved = found_orders(asked, files, bar=bar, **running)
             wish = replace(wish, orders=orders)
         if variants:
-            folder = named(output, _name(asked, files)[0], "-grid")
+            folder = named(on_disk(output, "--grid"), _name(asked, files)[0], "-grid")
             report = merge_grid(
                 variants, files, folder if output is not None else folder.with_suffix(""), wish, score=score,
                 force=force, dry_run=dry_run, check=verify, bar=bar, **running,
@@ -131,7 +132,7 @@ def merge(
         planned = plan_merge(asked, files, wish).planned
         planned.warnings += [_left(each) for each in moved if each["left"]]
         memory = running["memory"] = memory_for(planned.plan, memory)
-        target = named(output, *_name(asked, files))
+        target: Path | Held = named(output, *_name(asked, files))
         planned.plan, target = into_folder(files[asked.like.file], planned.plan, target, asked=output is not None)
         report = produce(
             "merge", planned, target, force=force, dry_run=dry_run, check=verify,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from weightops.engine.chunks import check_memory
 from weightops.engine.run import PLACEHOLDER, Beside, Progress, run
@@ -13,6 +13,7 @@ from weightops.errors import Interrupted, OutputError, UsageError, listing, quot
 from weightops.files.checkpoint import INDEX_SUFFIX, PICKLE_SUFFIXES, Checkpoint
 from weightops.files.dtypes import DTYPE_WORDS
 from weightops.files.folder import check_files, folder_nbytes, safetensors_files
+from weightops.files.held import Held
 from weightops.files.writer import SafetensorsFile, check_target
 from weightops.merging.method import store
 from weightops.naming.identify import DROPPABLE
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weightops.engine.run import Outcome
+    from weightops.files.checkpoint import Named
     from weightops.plan import Block, Plan
 
 # Metadata that speaks of the exact bytes of the file it came from; in any other file it would be a lie.
@@ -47,7 +49,7 @@ class Planned:
 def produce(
     command: str,
     planned: Planned,
-    output: Path,
+    output: Path | Held,
     *,
     memory: int,
     device: str,
@@ -60,15 +62,22 @@ def produce(
 ) -> Report:
     """Carry out the plan into `output`; with `dry_run`, only say what that would be. Raises WeightopsError."""
     plan = planned.plan
-    _check_name(plan, output)
-    if force and plan.files:
-        _check_replaced(plan, output)
     report = Report(
-        command, input_entries(plan.sources, [None] * len(plan.sources)), str(output),
+        command, input_entries(plan.sources, [None] * len(plan.sources)), None,
         planned.account, planned.summary, planned.groups, planned.warnings, dry_run=dry_run,
     )  # fmt: skip
+    if check:
+        on_disk(output, "--verify")
+    if not isinstance(output, Held):
+        report.output = str(output)
+        _check_name(plan, output)
+        if force and plan.files:
+            _check_replaced(plan, output)
     if dry_run:
         check_memory(plan, memory)
+        if isinstance(output, Held):
+            report.bytes_written = sum(spec.nbytes for spec in plan.outputs.values())
+            return report
         report.bytes_written = output_nbytes(plan, output)
         files = [file for source in plan.sources for file in source.files]
         check_target(output, report.bytes_written, force=force, inputs=files, folder=bool(plan.files))
@@ -76,7 +85,7 @@ def produce(
     outcome = run(
         plan, output, memory=memory, device=device, threads=threads, force=force, on_progress=on_progress, beside=beside
     )
-    if check:
+    if check and not isinstance(output, Held):
         try:
             report.verified = verify(plan, output, label=str(output))
         except (Interrupted, KeyboardInterrupt):
@@ -140,13 +149,26 @@ def stem(opened: Checkpoint) -> str:
     return opened.name
 
 
-def named(output: str | os.PathLike[str] | None, stems: str, ending: str = "") -> Path:
+@overload
+def named(output: str | os.PathLike[str] | None, stems: str, ending: str = "") -> Path: ...
+@overload
+def named(output: Named | None, stems: str, ending: str = "") -> Path | Held: ...
+def named(output: Named | None, stems: str, ending: str = "") -> Path | Held:
     """The output that was asked for, or a name of these stems in the current folder."""
+    if isinstance(output, Held):
+        return output
     if output is not None:
         return Path(output)
     # File systems count bytes, and allow 255 of them.
     short = stems.encode(errors="surrogateescape")[:200].decode(errors="ignore")
     return Path(f"{short}{ending}.safetensors")
+
+
+def on_disk(output: Named | None, option: str) -> str | os.PathLike[str] | None:
+    """The output, where it is a file; `option` is what needs one. Raises UsageError."""
+    if isinstance(output, Held):
+        raise UsageError(output.label, f"{option} needs a file for the output, found one in memory")
+    return output
 
 
 def kept_metadata(opened: Checkpoint, *, less: frozenset[str] = frozenset()) -> dict[str, str]:

@@ -228,6 +228,7 @@ EXTRAS = {
         "matplotlib": ("cli/plots.py", "diffusion/figures.py"),
         "peft": ("diffusion/",),
         "PIL": ("diffusion/",),
+        "safetensors": ("diffusion/",),
         "transformers": ("diffusion/",),
     },
     "video": {"imageio_ffmpeg": ("diffusion/video.py",)},

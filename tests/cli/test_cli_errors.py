@@ -37,7 +37,8 @@ SHOWS = "lists the options"
             ["x\x1b[31m"],
             2,
             "no such command 'x\\x1b[31m'",
-            "known are inspect, blocks, merge, fuse, extract, resize, combine, unfuse, convert, replay, demo",
+            "known are inspect, blocks, merge, fuse, extract, resize, combine, unfuse, convert, "
+            "replay, caption, train, study, demo",
         ),
         (["--versio"], 2, "no such option '--versio'", "did you mean --version?"),
         (["merge", "a", "b", "--alpa", "1"], 2, "no such option '--alpa'", "did you mean --alpha?"),

@@ -23,15 +23,18 @@ def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def tagged(shapes: dict[str, tuple[int, ...]], start: int = 1) -> dict[str, Tensor]:
-    """A tensor of each shape, whose row number i is filled with tag + i; small matrices differ in columns as well."""
+    """A tensor of each shape, each row with values of its own; in small matrices, each column as well."""
     found, tag = {}, start
     for key, shape in shapes.items():
-        rows = torch.arange(tag, tag + (shape[0] if shape else 1), dtype=torch.float64)
+        count = shape[0] if shape else 1
+        if len(shape) == 2 and count * shape[1] <= 1 << 21:
+            # Row i is the numbers from tag + 2i on, of one run of numbers: no other row, column or transpose is the same.
+            run = torch.arange(tag, tag + 2 * count + shape[1], dtype=torch.float64)
+            found[key] = run.as_strided(shape, (2, 1))
+        else:
+            rows = torch.arange(tag, tag + count, dtype=torch.float64)
+            found[key] = rows.reshape(-1, *[1] * (len(shape) - 1)).expand(shape) if shape else rows.reshape(())
         tag += 1_000_000
-        tensor = rows.reshape(-1, *[1] * (len(shape) - 1)) if shape else rows.reshape(())
-        if len(shape) == 2 and shape[0] * shape[1] <= 1 << 21:
-            tensor = tensor + torch.arange(shape[1], dtype=torch.float64) / 65536
-        found[key] = tensor.expand(shape)
     return found
 
 

@@ -133,13 +133,19 @@ def test_real_loras_fuse_into_a_checkpoint_of_full_size(tmp_path: Path) -> None:
             if key not in wanted:
                 assert torch.equal(before, after), key
                 continue
-            added = sum(strength * delta().flatten(1) for strength, delta in wanted[key])
-            assert isinstance(added, torch.Tensor)
-            exact = before.double().flatten(1) + added
-            off = (after.double().flatten(1) - exact).abs()
-            # Half a unit in the last place, and what float32 leaves open of sums whose terms may cancel.
-            operands = before.double().flatten(1).abs() + added.abs().max()
-            assert bool((off <= exact.abs() * 2**-11 + 2**-25 + operands * 2**-21).all()), key
-            assert float((after.flatten(1) != exact.half()).double().mean()) < 1e-3, key
+            added = torch.zeros(len(before), before[0].numel(), dtype=torch.float64)
+            for strength, delta in wanted[key]:
+                added.add_(delta().flatten(1), alpha=strength)
+            most, others = float(torch.linalg.vector_norm(added, math.inf)), 0
+            # A piece at a time, which stays in a processor's cache: that takes a quarter of the time.
+            for old, new, change in zip(*(t.flatten().split(1 << 16) for t in (before, after, added)), strict=True):
+                start = old.double()
+                exact = start + change
+                off = (new.double() - exact).abs()
+                # Half a unit in the last place, and what float32 leaves open of sums whose terms may cancel.
+                operands = start.abs() + most
+                assert bool((off <= exact.abs() * 2**-11 + 2**-25 + operands * 2**-21).all()), key
+                others += int((new != exact.half()).sum())
+            assert others < 1e-3 * before.numel(), key
     for name in ("base", "out"):  # pytest keeps what tests leave behind
         (tmp_path / f"{name}.safetensors").unlink()

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -77,6 +77,44 @@ def progress(title: str, *, quiet: bool) -> Iterator[Progress]:
         # Hidden while headers are read and torch is imported: until then there is nothing to count.
         task = bar.add_task(title, total=None, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+class Counting(Protocol):
+    """Called with how many pieces of how many are done; title: what is done to them, where that is not as before."""
+
+    def __call__(self, done: int, total: int, title: str | None = None) -> None: ...
+
+
+@contextlib.contextmanager
+def counting(title: str, *, quiet: bool) -> Iterator[Counting]:
+    """A progress bar that counts pieces (images, steps), with pieces per second, on stderr, on a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total, title=None: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:,.1f}/s")
+
+    bars = Bars(
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), Speed(),
+        TimeRemainingColumn(), console=console(error=True), transient=True,
+    )  # fmt: skip
+    with bars:
+        task = bars.add_task(title, total=None, visible=False)
+        shown = title
+
+        def on_progress(done: int, total: int, title: str | None = None) -> None:
+            nonlocal shown
+            if title is not None and title != shown:  # the speed of the one says nothing of the other
+                shown = title
+                bars.reset(task, description=title)
+            bars.update(task, completed=done, total=total, visible=True)
+
+        yield on_progress
 
 
 # ------------------------------------------------------------------------------------------------ reports

@@ -45,3 +45,18 @@ def hushed() -> Iterator[None]:
         finally:
             for each, level in zip(loggings, before, strict=True):
                 each.set_verbosity(level)
+
+
+@contextlib.contextmanager
+def unwarned() -> Iterator[None]:
+    """Pillow warns of notes in a file that it cannot read, such as a camera's, and reads the image all the same."""
+    import threading
+    import warnings
+
+    # Filters are the process's: two threads would undo each other's.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -148,7 +148,8 @@ def refuse_contradictions(
     wrong = [
         f"{key} is {quote(theirs[key])}, but the tensors say {ours[key]}"
         for key, value in config.values.items()
-        if key in theirs and _follows(value) and not _alike(ours[key], theirs[key])
+        # null: the class's own default, which follows from the others, as of Flux' out_channels
+        if theirs.get(key) is not None and _follows(value) and not _alike(ours[key], theirs[key])
     ]
     name = theirs.get("_class_name") if config.library == "diffusers" else None
     expected = config.values.get("_class_name", config.class_name)

@@ -1,0 +1,269 @@
+"""A model is the same pipeline however it is named: a folder, a file, a recipe; and wears LoRAs at their strength."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from loras import Maker, named, save
+
+import weightops
+from weightops.diffusion.adapters import wear
+from weightops.diffusion.models import load, networks
+from weightops.diffusion.tiny import tiny_model, tiny_vae
+from weightops.errors import FormatError, MemoryRefused, MismatchError, NetworkError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from weightops.diffusion.models import Loaded
+
+torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers' schedulers
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+ARCHITECTURES = ("sd15", "sdxl", "flux")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A diffusers folder of each architecture, and a single file of it."""
+    root = tmp_path_factory.mktemp("models")
+    found = {}
+    for name in ARCHITECTURES:
+        found[name] = tiny_model(name, root / name, seed=1)
+        weightops.convert(found[name], to="original", output=root / f"{name}.safetensors")
+        found[f"{name} file"] = root / f"{name}.safetensors"
+    found["other"] = tiny_model("sd15", root / "other", seed=2)
+    return found
+
+
+def image(loaded: Loaded) -> Any:
+    made = loaded.pipe(
+        prompt="a red cat", num_inference_steps=2, output_type="np", height=64, width=64, guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    return torch.from_numpy(made.images)
+
+
+def weights(loaded: Loaded) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part, network in networks(loaded.pipe).items()
+        for name, tensor in network.state_dict().items()
+    }
+
+
+def layers(loaded: Loaded) -> Iterator[tuple[str, Any]]:
+    """Name in files, and module, of attentions and of some convolutions, of every network that LoRAs are for."""
+    for part, network in networks(loaded.pipe).items():
+        for name, module in network.named_modules():
+            # Whole packs, whose parts some dialects keep together; the sizes of tiny ones are nowhere else.
+            wanted = name.endswith(("to_q", "to_k", "to_v", "proj_mlp", "to_out.0", "q_proj", "fc1", "conv_shortcut"))
+            if part != "vae" and wanted and "encoder_2.encoder" not in name and isinstance(
+                module, torch.nn.Linear | torch.nn.Conv2d
+            ):  # fmt: skip
+                text = part.startswith("text_encoder") and not name.startswith("text_model.")
+                yield f"{part}.{'text_model.' if text else ''}{name}", module
+
+
+def lora(path: Path, loaded: Loaded, family: str = "lora") -> Path:
+    """A LoRA of rank 8 and alpha 4, or another family, of these layers, in kohya's names."""
+    maker, found = Maker(3), {}
+    for name, module in layers(loaded):
+        out, features, *kernel = module.weight.shape
+        if loaded.architecture == "flux" and name.startswith("text_encoder_2"):
+            continue
+        if family == "loha":
+            if not kernel:
+                found[name] = {
+                    ".hada_w1_a": maker(out, 4), ".hada_w1_b": maker(4, features), ".hada_w2_a": 0.003 * maker(out, 4),
+                    ".hada_w2_b": maker(4, features), ".alpha": torch.tensor(2.0),
+                }  # fmt: skip
+            continue
+        parts = maker.lora(out, features, 8, 4.0, kernel)
+        parts = {key: value * 0.1 if key != ".alpha" else value for key, value in parts.items()}
+        if family == "dora":
+            norms = module.weight.detach().flatten(1).norm(dim=1).reshape(-1, *[1] * (module.weight.dim() - 1))
+            parts[".dora_scale"] = norms * 1.1
+        found[name] = parts
+    return save(path, named(found))
+
+
+# ------------------------------------------------------------------------------------------------ one model, many names
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_folder_and_its_single_file_make_the_same_image(name: str, places: dict[str, Path]) -> None:
+    folder = load(places[name], where="generate")
+    single = load(places[f"{name} file"], where="generate", like=places[name])
+    assert folder.architecture == single.architecture == name
+    assert all(torch.equal(a, weights(single)[k]) for k, a in weights(folder).items())
+    assert torch.equal(image(folder), image(single))
+    assert not any(p.requires_grad for network in networks(folder.pipe).values() for p in network.parameters())
+    assert not any(network.training for network in networks(folder.pipe).values())
+    assert folder.hashes.keys() == {name}
+    assert all(value.startswith("xxh3_128:") and value.strip("0") != "xxh3_128:" for value in folder.hashes.values())
+
+
+def test_a_recipe_is_merged_in_memory_as_on_the_disk(places: dict[str, Path], tmp_path: Path) -> None:
+    a, b = str(places["sd15"]), str(places["other"])
+    weightops.merge(a, b, alpha=0.3, output=tmp_path / "merged")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"models: {{a: {json.dumps(a)}, b: {json.dumps(b)}}}\nmerge: {{weighted_sum: [a, b], weights: [0.7, 0.3]}}\n"
+    )
+    ours, theirs = load(recipe, where="generate"), load(tmp_path / "merged", where="generate")
+    assert all(torch.equal(tensor, weights(theirs)[key]) for key, tensor in weights(ours).items())
+    assert set(ours.hashes) == {"sd15", "other"}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd15 file"])
+def test_another_vae_takes_the_place_of_the_models_own(name: str, places: dict[str, Path], tmp_path: Path) -> None:
+    vae = tiny_vae(tmp_path / "vae", seed=7)
+    plain = weights(load(places[name], where="train", like=places["sd15"]))
+    swapped = weights(load(places[name], where="train", vae=vae, like=places["sd15"]))
+    changed = {key.split(".")[0] for key, tensor in plain.items() if not torch.equal(tensor, swapped[key])}
+    assert changed == {"vae"}
+    alone = tmp_path / "alone.safetensors"
+    weightops.convert(vae, output=alone)
+    from safetensors.torch import load_file
+
+    assert all(torch.equal(tensor, swapped[f"vae.{key}"]) for key, tensor in load_file(alone).items())
+
+
+def test_half_precision_and_prediction_are_as_asked(places: dict[str, Path]) -> None:
+    loaded = load(places["sd15 file"], where="train", like=places["sd15"], dtype="bf16", prediction="v_prediction")
+    assert {tensor.dtype for tensor in weights(loaded).values() if tensor.is_floating_point()} == {torch.bfloat16}
+    assert loaded.pipe.scheduler.config.prediction_type == "v_prediction"
+    folder = load(places["sd15"], where="train", prediction="v_prediction")
+    assert folder.pipe.scheduler.config.prediction_type == "v_prediction"
+
+
+# ------------------------------------------------------------------------------------------------ LoRAs
+
+
+@pytest.mark.parametrize(
+    ("name", "dialect"),
+    [
+        *(("sd15", dialect) for dialect in ("kohya", "diffusers", "peft", "comfy", "onetrainer")),
+        *(("sdxl", dialect) for dialect in ("kohya", "diffusers", "peft")),
+        *(("flux", dialect) for dialect in ("kohya", "diffusers", "comfy")),
+    ],
+)
+def test_a_lora_of_rank_8_and_alpha_4_is_worn_as_it_is_fused(
+    name: str, dialect: str, places: dict[str, Path], tmp_path: Path
+) -> None:
+    loaded = load(places[name], where="generate")
+    plain = image(loaded)
+    file = lora(tmp_path / "kohya.safetensors", loaded)
+    if dialect != "kohya":
+        written = tmp_path / ("out" if dialect == "peft" else "out.safetensors")
+        weightops.convert(file, to=dialect, output=written, architecture=name)
+        file = written
+    wear(loaded, [(file, 0.5)])
+    assert [(worn.way, worn.strength) for worn in loaded.loras] == [("adapter", 0.5)], loaded.loras
+    weightops.fuse(places[name], (file, 0.5), output=tmp_path / "fused")
+    fused = image(load(tmp_path / "fused", where="generate"))
+    assert (image(loaded) - fused).abs().max() < 1e-5
+    assert (fused - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "family"), [("sd15", "loha"), ("flux", "dora")])
+def test_other_families_are_fused_and_said_to_be(
+    name: str, family: str, places: dict[str, Path], tmp_path: Path
+) -> None:
+    loaded = load(places[f"{name} file"], where="generate", like=places[name])
+    before, plain = weights(loaded), image(loaded)
+    file = lora(tmp_path / "lora.safetensors", loaded, family)
+    other = lora(tmp_path / "plain.safetensors", loaded)
+    wear(loaded, [(file, 0.7), (other, -0.25)])
+    assert [(worn.way, worn.strength) for worn in loaded.loras] == [("fused", 0.7), ("adapter", -0.25)]
+    assert family in loaded.loras[0].reason
+    weightops.fuse(places[name], (file, 0.7), (other, -0.25), output=tmp_path / "fused")
+    wanted = image(load(tmp_path / "fused", where="generate"))
+    assert (image(loaded) - wanted).abs().max() < 1e-5
+    assert (wanted - plain).abs().max() > 1e-3
+    wear(loaded, [])
+    assert loaded.loras == ()
+    assert all(torch.equal(tensor, weights(loaded)[key]) for key, tensor in before.items())
+    assert torch.equal(image(loaded), plain)
+
+
+def test_what_is_worn_is_what_was_asked_for_last(places: dict[str, Path], tmp_path: Path) -> None:
+    loaded = load(places["sd15"], where="generate")
+    plain, file = image(loaded), lora(tmp_path / "lora.safetensors", loaded)
+    wear(loaded, [f"{file}:0.5"])
+    half = image(loaded)
+    wear(loaded, [f"{file}:1.0"])
+    whole = image(loaded)
+    wear(loaded, [(file, 0.25), (file, 0.25)])
+    assert (image(loaded) - half).abs().max() < 1e-5
+    assert not torch.allclose(half, whole)
+    wear(loaded, [])
+    assert torch.equal(image(loaded), plain)
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_what_is_no_model_is_refused_by_name(places: dict[str, Path], tmp_path: Path) -> None:
+    loaded = load(places["sd15"], where="generate")
+    file = lora(tmp_path / "lora.safetensors", loaded)
+    with pytest.raises(MismatchError, match=r"lora.safetensors: expected a model, found: lora"):
+        load(file, where="generate")
+    vae = tiny_vae(tmp_path / "vae")
+    with pytest.raises(MismatchError, match="vae: expected a model, found: vae"):
+        load(vae, where="generate")
+    with pytest.raises(UsageError, match=r"nothing.safetensors: no such file"):
+        load("nothing.safetensors", where="generate")
+    with pytest.raises(UsageError, match="owner/name: no such file or folder") as raised:
+        load("owner/name", where="generate")
+    assert raised.value.hint == "a repository is named hf://owner/name"
+    strange = save(tmp_path / "strange.safetensors", {"x.weight": torch.ones(2, 2)})
+    with pytest.raises(MismatchError, match=r"strange.safetensors: "):
+        load(strange, where="generate")
+    (tmp_path / "text.safetensors").write_text("<html>not found</html>")
+    with pytest.raises(FormatError, match=r"text.safetensors: "):
+        load(tmp_path / "text.safetensors", where="generate")
+
+
+def test_a_lora_for_another_model_is_refused(places: dict[str, Path], tmp_path: Path) -> None:
+    file = lora(tmp_path / "lora.safetensors", load(places["sdxl"], where="generate"))
+    loaded = load(places["sd15"], where="generate")
+    with pytest.raises(MismatchError, match=r"lora.safetensors: "):
+        wear(loaded, [file])
+    assert loaded.loras == ()
+
+
+def test_words_that_mean_nothing_are_refused(places: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="--dtype: found 'fp8', expected auto, fp32, fp16, bf16"):
+        load(places["sd15"], where="generate", dtype="fp8")
+    with pytest.raises(UsageError, match="--like: no such folder: nowhere"):
+        load(places["sd15 file"], where="generate", like="nowhere")
+
+
+def test_a_model_larger_than_the_memory_is_refused(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightops.diffusion.models._free_memory", lambda: 1 << 20)
+    with pytest.raises(MemoryRefused, match=r"sd15: takes 0.0 GiB in float32, and 0.0 GiB are free") as raised:
+        load(places["sd15"], where="train")
+    assert raised.value.hint == "--dtype bf16 takes half"
+
+
+def test_a_repository_is_not_fetched_where_none_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(NetworkError, match=r"hf://owner/name: cannot be fetched: "):
+        load("hf://owner/name", where="generate")
+
+
+def test_a_file_without_tokenizers_says_where_they_come_from(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match="the pipeline needs a tokenizer, and none is at hand") as raised:
+        load(places["sd15 file"], where="generate")
+    assert raised.value.hint == "--like FOLDER takes it from a diffusers folder or hf://owner/name"

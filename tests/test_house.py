@@ -248,7 +248,9 @@ def test_the_version_is_said_in_one_place_for_all() -> None:
     assert project()["project"]["version"] == weightops.__version__  # type: ignore[index]
 
 
-VERBS = ["blocks", "combine", "convert", "extract", "fuse", "inspect", "merge", "replay", "resize", "unfuse"]
+OPS = ["blocks", "combine", "convert", "extract", "fuse", "inspect", "merge", "replay", "resize", "unfuse"]
+DIFFUSION = ["caption", "evaluate", "generate", "study", "train"]
+VERBS = sorted([*OPS, *DIFFUSION])
 
 
 def test_every_verb_is_a_function_of_the_package() -> None:
@@ -256,7 +258,8 @@ def test_every_verb_is_a_function_of_the_package() -> None:
     for name in VERBS:
         assert name in dir(weightops)
         assert callable(getattr(weightops, name))
-        assert getattr(weightops, name) is getattr(importlib.import_module(f"weightops.ops.{name}"), name)
+        module = f"weightops.{'ops' if name in OPS else 'diffusion'}.{name}"
+        assert getattr(weightops, name) is getattr(importlib.import_module(module), name)
     with pytest.raises(AttributeError, match="module 'weightops' has no attribute 'marge'"):
         weightops.marge  # noqa: B018
 
@@ -320,8 +323,12 @@ def test_every_command_line_that_is_shown_can_be_said(name: str) -> None:
         context = click.Context(main, help_option_names=["-h", "--help"])
         command = main.get_command(context, words[0])
         assert command is not None, words
+        rest = list(words[1:])
+        if isinstance(command, click.Group) and rest and rest[0] in command.list_commands(context):
+            command = command.get_command(context, rest.pop(0))
+            assert command is not None, words
         parser = command.make_parser(click.Context(command, parent=context))
-        options, arguments, _ = parser.parse_args(list(words[1:]))
+        options, arguments, _ = parser.parse_args(rest)
         wanted = [p for p in command.params if isinstance(p, click.Argument)]
         assert all(not p.required or options.get(p.name or "") for p in wanted), words
         assert not arguments, words

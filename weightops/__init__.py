@@ -8,6 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weightops.diffusion.caption import caption
+    from weightops.diffusion.evaluate import evaluate
+    from weightops.diffusion.generate import generate
+    from weightops.diffusion.study import study
+    from weightops.diffusion.train import train
     from weightops.ops.blocks import blocks
     from weightops.ops.combine import combine
     from weightops.ops.convert import convert
@@ -21,21 +26,27 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "__version__", "blocks", "combine", "convert", "extract", "fuse", "inspect", "merge", "replay", "resize", "unfuse",
+    "__version__", "blocks", "caption", "combine", "convert", "evaluate", "extract", "fuse", "generate", "inspect",
+    "merge", "replay", "resize", "study", "train", "unfuse",
 ]  # fmt: skip
 
 # Imported when first asked for, so that `import weightops` costs nothing. No subpackage may have a verb's name:
 # importing it would put the module in the function's place.
 _VERBS = {
     "blocks": "weightops.ops.blocks",
+    "caption": "weightops.diffusion.caption",
     "combine": "weightops.ops.combine",
     "convert": "weightops.ops.convert",
+    "evaluate": "weightops.diffusion.evaluate",
     "extract": "weightops.ops.extract",
     "fuse": "weightops.ops.fuse",
+    "generate": "weightops.diffusion.generate",
     "inspect": "weightops.ops.inspect",
     "merge": "weightops.ops.merge",
     "replay": "weightops.ops.replay",
     "resize": "weightops.ops.resize",
+    "study": "weightops.diffusion.study",
+    "train": "weightops.diffusion.train",
     "unfuse": "weightops.ops.unfuse",
 }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +19,9 @@ import torch
 from conftest import CLI
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
-from commandline import harmful, weightops_here
+from commandline import STYLES, harmful, weightops_here
 
+from weightops.cli import render
 from weightops.diffusion.blip import MODEL
 from weightops.diffusion.caption import CaptionReport, caption
 from weightops.diffusion.tiny import tiny_blip
@@ -202,6 +205,10 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(folder: Path, blip: Path, s
     assert seen == [2, 2, 1]
     assert (list(report.captions), report.kept) == (["c.png", "d.png", "deep/e.png"], 2)
     assert (folder / "metadata.csv").read_bytes() == whole
+
+    with pytest.raises(Interrupted) as caught:
+        go(folder, blip, batch=2, force=True, on_progress=stop)
+    assert caught.value.hint == "with --force it begins anew; without, those that have a caption keep it"
 
 
 def test_a_finished_folder_needs_no_model_and_is_not_touched(folder: Path, blip: Path, seen: list[int]) -> None:
@@ -533,6 +540,24 @@ def test_the_report_is_short_and_says_what_matters(folder: Path, blip: Path, mon
     assert "wrote" not in again.out
     assert weightops_here(*words, "-q") == (0, "", "")
     assert weightops_here(*words, "-v").out.count("near-duplicates") == 2
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_counts_pieces_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    shown = []
+    for stream, quiet in ((Terminal(), False), (Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with render.counting("looking", quiet=quiet) as on_progress:
+            on_progress(1, 4)
+            on_progress(2, 3, title="captioning")
+        shown.append(STYLES.sub("", stream.getvalue()))
+    assert re.search(r"captioning .* 2/3 ", shown[0])
+    assert shown[1:] == ["", ""]
 
 
 def test_json_is_the_report(folder: Path, blip: Path) -> None:

@@ -22,7 +22,8 @@ from weightops.diffusion.study import study
 from weightops.diffusion.study_file import read_study
 from weightops.diffusion.study_inputs import Tiny, read_tiny
 from weightops.diffusion.study_state import Hashes
-from weightops.diffusion.study_verbs import VERBS, words_of
+from weightops.diffusion.study_steps import VERBS
+from weightops.diffusion.study_verbs import words_of
 from weightops.errors import Interrupted, MismatchError, OutputError, UsageError, WeightopsError
 
 if TYPE_CHECKING:
@@ -365,7 +366,7 @@ steps:
         ("  b: b.safetensors", "  b: {how: x}", "line 6: input 'b' says neither path nor tiny", None),
         ("  b: b.safetensors", "  b: {tiny: sd15}",
          "line 9: $b: the input, in line 6, is there with --tiny only: it has no path", None),
-        ("  b: b.safetensors", "  b: {path: x, tiny: sd99}", "line 6: tiny: found 'sd99', expected a model or pictures",
+        ("  b: b.safetensors", "  b: {path: x, tiny: sd16}", "line 6: tiny: found 'sd16', expected a model or pictures",
          "did you mean 'sd15'?"),
         ("b.safetensors", "c.safetensors", "line 6: input 'b': 'c.safetensors' is not there",
          "--input b=FILE says where it is"),

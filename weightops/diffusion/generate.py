@@ -194,7 +194,7 @@ def generate(
         return report
     need("generate", "torch", "diffusers", "transformers", "accelerate", "PIL")
     if offload:
-        wish = _offloaded(wish)
+        wish = replace(wish, device=cuda_of(device))
     folder = ImageFolder(target.parent if single else target, names, shots, single)
     folder.versions = versions_of("torch", "diffusers", "transformers", *(["peft"] if asked else []))
     try:
@@ -265,16 +265,6 @@ def _planned(shots: Shots, names: Sequence[str]) -> list[dict[str, Any]]:
         }
         for name, shot in zip(names, shots.shots, strict=True)
     ]  # fmt: skip
-
-
-def _offloaded(wish: Wish) -> Wish:
-    """The words for loading into the memory of the CPU, from which a CUDA device takes one network at a time."""
-    from weightops.engine.tensors import resolve_device
-
-    place = resolve_device(wish.device)
-    if place == "cpu":
-        raise UsageError("--offload", "needs a CUDA device, and there is none to use")
-    return replace(wish, device=place)
 
 
 def _count(number: int, what: str) -> str:
@@ -385,17 +375,31 @@ def _make_with(model: str, name: str, numbers: Sequence[int], run: _Run) -> None
     _warn(report, loaded.warnings)
 
 
-def _load(model: str, wish: Wish) -> Loaded:
-    device, dtype = wish.device, wish.dtype
-    if wish.offload:
+def cuda_of(device: str) -> str:
+    """The CUDA device for --offload: it takes one network at a time from the memory of the CPU. Raises UsageError."""
+    from weightops.engine.tensors import resolve_device
+
+    place = resolve_device(device)
+    if place == "cpu":
+        raise UsageError("--offload", "needs a CUDA device, found the CPU alone")
+    return place
+
+
+def loaded_for(model: str, *, where: str, device: str, dtype: str, offload: bool, **words: Any) -> Loaded:
+    """The model, on its device, or with `offload` where a CUDA device takes it from. Raises WeightopsError."""
+    if offload:
         device, dtype = "cpu", _half(model) if dtype == "auto" else dtype
     try:
-        loaded = load(
-            model, where="generate", vae=wish.vae, like=wish.like, device=device, dtype=dtype,
-            prediction=wish.prediction,
-        )  # fmt: skip
+        return load(model, where=where, device=device, dtype=dtype, **words)
     except (RuntimeError, MemoryError) as e:
-        raise refused(e, model, None) from None
+        raise refused(e, model, "") from None
+
+
+def _load(model: str, wish: Wish) -> Loaded:
+    loaded = loaded_for(
+        model, where="generate", vae=wish.vae, like=wish.like, device=wish.device, dtype=wish.dtype,
+        prediction=wish.prediction, offload=wish.offload,
+    )  # fmt: skip
     if wish.tiling:
         vae: Any = getattr(loaded.pipe, "vae", None)
         if not hasattr(vae, "enable_tiling"):
@@ -486,8 +490,8 @@ def _note_loras(
                 if entry["path"] == file and digests[file] is not None:
                     entry["hash"] = digests[file].hash  # type: ignore[union-attr]
         row = {
-            "model": model, "file": file, "name": stem_of(file), "strength": strength, "way": worn.way, "modules": worn.modules,
-            "reason": worn.reason,
+            "model": model, "file": file, "name": stem_of(file), "strength": strength, "way": worn.way,
+            "modules": worn.modules, "reason": worn.reason,
         }  # fmt: skip
         if row not in report.loras:
             report.loras.append(row)

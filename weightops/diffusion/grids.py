@@ -125,7 +125,7 @@ def _placed(grid: Grid, face: str, width: int, height: int) -> Layout:
     """The layout for cells of this size."""
     size = min(34, max(13, round(width * 0.045)))
     margin, gap = round(1.4 * size), max(4, round(0.5 * size))
-    label_size, note_size, title_size = size, max(11, round(size * 0.85)), round(size * 1.3)
+    label_size, note_size, title_size = size, max(12, round(size * 0.85)), round(size * 1.3)
     count = len(grid.columns)
     lines = math.ceil(count / _PER_LINE) if len(grid.cells) == 1 else 1
     per_line = math.ceil(count / lines)

@@ -125,13 +125,14 @@ def note_of(over: str | None, rows: Sequence[Mapping[str, Any]], loras: Sequence
         found = [row.get(name) for row in rows]
         return found[0] if all(value == found[0] for value in found) else None
 
+    steps = "{} sampling steps" if over == "step" else "{} steps"
     said = [] if same("model") is None else [str(same("model"))]
     if over in ("strength", "step"):
         said += [" + ".join(stem_of(file) for file, _ in loras)]
     elif same("loras"):
         worn = [(lora["name"], lora["strength"]) for lora in same("loras")]
         said += [" + ".join(name if strength == 1 else f"{name}:{strength:g}" for name, strength in worn)]
-    for name, form in (("seed", "seed {}"), ("steps", "{} steps"), ("guidance", "guidance {:g}")):
+    for name, form in (("seed", "seed {}"), ("steps", steps), ("guidance", "guidance {:g}")):
         said += [] if same(name) is None else [form.format(same(name))]
     found = same("scheduler")
     if found is not None and found["name"] is not None:

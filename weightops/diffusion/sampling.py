@@ -197,7 +197,9 @@ class Sampling:
             with hushed():
                 result = self.pipe(**words)
         except Exception as e:
-            raise refused(e, self.where, first, len(prompts)) from None
+            size = "" if first.size is None else f" of {first.size[0]}x{first.size[1]}"
+            what = f"{len(prompts)} image{'' if len(prompts) == 1 else 's'}{size} at once"
+            raise refused(e, self.where, what) from None
         flags = getattr(result, "nsfw_content_detected", None) or [False] * len(prompts)
         return [_checked(image, bool(flag)) for image, flag in zip(result.images, flags, strict=True)]
 
@@ -220,19 +222,19 @@ def _checked(image: np.ndarray, blanked: bool) -> Sampled:
     return Sampled(pixels, not pixels.any(), finite, blanked)
 
 
-def refused(error: Exception, where: str, prompt: Prompt | None, count: int = 1) -> Exception:
-    """What to raise for what a pipeline has raised: a sentence where it is the user's, else the error itself."""
+def refused(error: Exception, where: str, what: str) -> Exception:
+    """What to raise for what a library has raised: a sentence where it is the user's, else the error itself.
+
+    what: was to be made; "" while a model is loaded.
+    """
     import torch
 
     if isinstance(error, WeightopsError):
         return error
     text = " ".join(str(error).split())
-    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
-    if memory:
-        size = "" if prompt is None or prompt.size is None else f" of {prompt.size[0]}x{prompt.size[1]}"
-        what = f"not enough memory for {count} image{'' if count == 1 else 's'}{size} at once"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         hint = "less is needed with --dtype fp16 or bf16, --offload, --tiling, --batch 1, or a smaller --size"
-        return MemoryRefused(where, what, hint)
+        return MemoryRefused(where, f"not enough memory{' for ' if what else ''}{what}", hint)
     if isinstance(error, ValueError):
         return UsageError(where, f"diffusers refuses it: {text[:300]}")
     return error

@@ -28,9 +28,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightops.diffusion.study_verbs import VERBS, Verb, words_of
+from weightops.diffusion.study_steps import VERBS
+from weightops.diffusion.study_verbs import Verb, words_of
 from weightops.diffusion.study_words import Parameter, is_path, misfit, wrapped
-from weightops.errors import FormatError, UsageError, quote
+from weightops.errors import FormatError, UsageError, WeightopsError, quote
 from weightops.ops.yaml_lines import Said, check_keys, nearest, read_yaml, refused
 
 if TYPE_CHECKING:
@@ -236,6 +237,11 @@ class _Reader:
         for word, parameter in parameters.items():
             if parameter.required and not words.get(word):
                 raise refused(self.label, line, f"step {name!r} says no {word}, which {verb.name} needs")
+        if verb.check is not None:
+            try:
+                verb.check(verb, words)
+            except WeightopsError as e:
+                raise refused(self.label, line, f"step {name!r}: {e}", e.hint) from None
         title, text = (self.text(said.value.get(key), key) for key in ("title", "text"))
         return Step(name, line, verb, words, lines, title or name.replace("_", " ").replace("-", " "), text)
 

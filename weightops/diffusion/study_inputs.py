@@ -46,7 +46,7 @@ def read_tiny(text: str, label: str, line: int) -> Tiny:
     kinds = (*TINY, "vae", "blip", "sprites")
     if not words or words[0] not in kinds:
         found = quote(words[0]) if words else "nothing"
-        raise refused(label, line, f"tiny: found {found}, expected a model or pictures", nearest(text[:40], kinds))
+        raise refused(label, line, f"tiny: found {found}, expected a model or pictures", nearest(words[0][:40] if words else "", kinds))
     first, rest = words[0], words[1:]
     made = Tiny(first) if first in ("vae", "blip", "sprites") else Tiny("model", architecture=first)
     if made.kind == "sprites":
@@ -123,8 +123,8 @@ def found(path: str, folder: Path, *, typed: bool) -> str:
     if path.startswith("hf://"):
         return path
     whole = os.path.expanduser(path)  # noqa: PTH111 - what the user typed is kept as it is
-    if not typed and not os.path.isabs(whole):  # noqa: PTH117
-        whole = os.path.join(folder, whole)  # noqa: PTH118
+    if not typed:
+        whole = str(folder / whole)
     if not os.path.exists(whole):  # noqa: PTH110
         raise UsageError(path, "is not there")
     return whole

@@ -41,6 +41,7 @@ class Parameter:
 
     name: str
     annotation: str
+    default: Any
     required: bool
     many: bool
 
@@ -51,7 +52,8 @@ def parameters(module: str, function: str) -> Mapping[str, Parameter]:
     found = inspect.signature(getattr(importlib.import_module(module), function)).parameters.values()
     return {
         p.name: Parameter(
-            p.name, str(p.annotation), p.default is p.empty, p.kind is p.VAR_POSITIONAL
+            p.name, str(p.annotation), None if p.default is p.empty else p.default, p.default is p.empty,
+            p.kind is p.VAR_POSITIONAL,
         )
         for p in found
     }  # fmt: skip

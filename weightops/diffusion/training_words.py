@@ -101,11 +101,17 @@ class Words:
         if self.class_prompt is None:
             filled.pop("class_images")
         given: Words = replace(self, **{k: v for k, v in filled.items() if getattr(self, k) is None})
-        rank, conv = given.rank, given.conv_rank
+        alpha, conv_alpha = (
+            number if number is None else float(number)
+            for number in (
+                given.rank if given.alpha is None else given.alpha,
+                given.conv_rank if given.conv_alpha is None else given.conv_alpha,
+            )
+        )
         given = replace(
             given,
-            alpha=given.alpha if given.alpha is not None or rank is None else float(rank),
-            conv_alpha=given.conv_alpha if given.conv_alpha is not None or conv is None else float(conv),
+            alpha=alpha,
+            conv_alpha=conv_alpha,
             text_encoder_lr=given.text_encoder_lr or (given.lr if given.train_text_encoder else None),
             schedule="constant_with_warmup" if given.schedule == "constant" and given.warmup else given.schedule,
             dtype=_dtype(given),

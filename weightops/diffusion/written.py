@@ -121,7 +121,7 @@ def as_held(lora: Lora, label: str, beside: Mapping[str, Tensor] | None = None) 
 
     tensors = {f"{c}.{_spelled(c, name)}": t.float() for c, name, t in _split(lora.state())}
     tensors |= {
-        f"{part.component}.{_spelled(part.component, module.name)}.alpha": torch.tensor(module.alpha)
+        f"{part.component}.{_spelled(part.component, module.name)}.alpha": torch.tensor(module.alpha, dtype=torch.float32)
         for part in lora.parts
         for module in part.modules
     }
@@ -167,7 +167,7 @@ def _packed_beside(lora: Lora, dialect: str, architecture: str) -> dict[str, Ten
                 start = f"{part.component}.{other}"
                 found[f"{start}.lora_A.weight"] = torch.zeros(rank, *weight.shape[1:])
                 found[f"{start}.lora_B.weight"] = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2))
-                found[f"{start}.alpha"] = torch.tensor(alpha)
+                found[f"{start}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
                 if lora.dora:
                     found[f"{start}.lora_magnitude_vector"] = torch.linalg.norm(weight.flatten(1), dim=1)
     return found

@@ -102,6 +102,18 @@ def test_the_hash_is_of_what_is_learnt_and_not_of_where_it_lies(folder: Path, tm
     assert read_examples(moved, where="DIR").data_hash != first
 
 
+def test_the_hash_tells_pictures_of_the_class_from_the_others(tmp_path: Path) -> None:
+    for name, width in (("a", 20), ("b", 21)):
+        (tmp_path / name).mkdir()
+        drawn(tmp_path / name / f"{name}.png", width, 20)
+    one, other = (
+        read_examples(tmp_path / name, where="DIR", prompt="x", class_folder=tmp_path / kept, class_prompt="x")
+        for name, kept in ("ab", "ba")
+    )
+    assert {e.picture.name for e in one.examples} == {e.picture.name for e in other.examples}
+    assert one.data_hash != other.data_hash
+
+
 def test_a_broken_picture_is_left_out_and_named(folder: Path) -> None:
     (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:-40])
     found = read_examples(folder, where="DIR")

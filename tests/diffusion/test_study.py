@@ -173,8 +173,9 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(folder: Path) -> Non
 
 def test_a_step_that_fails_says_which_it_is_and_leaves_nothing(folder: Path) -> None:
     made(folder, TWO_BRANCHES.replace("models: [$b, $a], alpha: 0.1", "models: [$b, $a], alpha: 0.1, method: nothing"))
-    with pytest.raises(WeightopsError, match=r"^two\.yaml, line 13: step 'other': unknown merge method 'nothing'") as refused:
+    with pytest.raises(WeightopsError) as refused:
         study("two.yaml")
+    assert str(refused.value) == "two.yaml, line 13: step 'other': unknown merge method 'nothing'"
     assert refused.value.exit_code == 2
     assert not (folder / "two/other").exists()
     assert not (folder / "two/.study/unfinished/other").exists()
@@ -206,7 +207,7 @@ def test_a_crash_between_a_step_and_its_record_is_mended(folder: Path) -> None:
 
 def test_another_version_makes_everything_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study("two.yaml")
-    monkeypatch.setattr("weightops.diffusion.study.__version__", "9.9.9")
+    monkeypatch.setattr("weightops.diffusion.study_runner.__version__", "9.9.9")
     again = study("two.yaml")
     assert run_of(again) == NAMES
     assert "it was made by weightops " in reasons(again)["half"]
@@ -359,10 +360,10 @@ steps:
         ("alpha: 0.5", "output: x", "line 9: merge: the study itself says 'output'",
          "what a step makes stands in the study's folder, under the step's name"),
         ("{path: $quarter}", "{}", "line 15: step 'look' says no path, which inspect needs", None),
-        ("alpha: 0.5}", "alpha: 0.5}\n    fuse: {}", "line 8: step 'half': found the verbs 'merge', 'fuse', expected one",
-         None),
-        ("  b: b.safetensors", "  b: [b]", "line 6: input 'b': found a list, expected a path, or the keys path, how, tiny",
-         None),
+        ("alpha: 0.5}", "alpha: 0.5}\n    fuse: {}",
+         "line 8: step 'half': found the verbs 'merge', 'fuse', expected one", None),
+        ("  b: b.safetensors", "  b: [b]",
+         "line 6: input 'b': found a list, expected a path, or the keys path, how, tiny", None),
         ("  b: b.safetensors", "  b: {how: x}", "line 6: input 'b' says neither path nor tiny", None),
         ("  b: b.safetensors", "  b: {tiny: sd15}",
          "line 9: $b: the input, in line 6, is there with --tiny only: it has no path", None),
@@ -411,6 +412,25 @@ def test_what_is_no_study_is_refused(text: str, message: str, folder: Path) -> N
     assert str(refused.value) == f"x.yaml, {message}"
     with pytest.raises(UsageError, match=r"none\.yaml: cannot be read: No such file or directory"):
         study("none.yaml")
+
+
+def test_a_wrong_word_of_a_training_is_found_before_the_hours_above_it(folder: Path) -> None:
+    for was, now, message in (
+        ("rank: 2", "rank: 0", "--rank: found 0, expected a whole number, 1 or more"),
+        ("rank: 2", "schedule: cosin", "--schedule: found 'cosin', expected constant or "),
+        ("resolution: 64", "resolution: 5x", "--resolution: found '5x', expected a number of pixels, or WIDTHxHEIGHT"),
+        ("rank: 2", "instance_prompt: a sks", "--instance-prompt: says something only in train dreambooth"),
+        ("page: {}", "generate: {model: $base, prompt: x, scheduler: eular}", "--scheduler: "),
+        ("page: {}", "generate: {model: $base, prompt: x, size: big}", "--size: found 'big'"),
+        ("page: {}", "generate: {model: $base, prompt: x, grid_over: rank}", "--grid-over: found 'rank', expected lora"),
+    ):  # fmt: skip
+        (folder / "x.yaml").write_text(TINY.replace(was, now))
+        with pytest.raises(UsageError) as refused:
+            study("x.yaml", tiny=True)
+        name = "page" if was == "page: {}" else "style"
+        assert f": step {name!r}: {message}" in str(refused.value)
+        assert str(refused.value).startswith("x.yaml, line ")
+    assert not (folder / "x-tiny").exists()
 
 
 def test_every_verb_has_words_and_none_that_the_study_says_itself() -> None:
@@ -509,7 +529,7 @@ def test_the_page_tells_what_was_done_and_is_the_same_everywhere(folder: Path, t
     study("two.yaml")
     text = (folder / "two/page/index.html").read_text(encoding="utf-8")
     for said in ("<h1>Two merges</h1>", "What is &lt; said here is text.", "The mean of both.", "alpha: 0.5",
-                 "[$a, $half]", "0.5 × a + 0.5 × b", "half.safetensors"):  # fmt: skip
+                 "[$a, $half]", "0.5 × a + 0.5 × b", "half.safetensors", "a.safetensors, xxh3_128 "):  # fmt: skip
         assert said in text, said
     assert str(tmp_path) not in text
     assert "two/" not in text
@@ -547,8 +567,8 @@ def test_the_command_answers_in_json(folder: Path) -> None:
     done = weightops_here("study", "two.yaml", "--json", "-o", "out", "--input", "b=a.safetensors")
     found = json.loads(done.out)
     assert (done.code, done.err) == (0, "")
-    assert [(s["name"], s["verb"], s["state"]) for s in found["steps"]][:2] == [("half", "merge", "run"),
-                                                                                 ("quarter", "merge", "run")]  # fmt: skip
+    first = found["steps"][0]
+    assert (first["name"], first["verb"], first["state"]) == ("half", "merge", "run")
     assert (found["command"], found["output"], found["page"]) == ("study", "out", "out/page/index.html")
     assert [entry["path"] for entry in found["inputs"]] == ["a.safetensors", "a.safetensors"]
     assert all(entry["hash"].startswith("xxh3_128:") for entry in found["inputs"])

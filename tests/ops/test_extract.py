@@ -41,9 +41,17 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+# Blocks that hold every kind of module that there is; the others are more of the same.
+LEFT_OUT = re.compile(
+    r"model\.diffusion_model\.(input_blocks\.([5-9]|1[01])|output_blocks\.([0-46-9]|10))\.|first_stage_model\..*(down|up|mid)\."
+)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    return load_file(checkpoint("sd15", tmp_path_factory.mktemp("sd15"))[1])
+    """Stable Diffusion 1 with a third of its blocks."""
+    tensors = load_file(checkpoint("sd15", tmp_path_factory.mktemp("sd15"))[1])
+    return {key: tensor for key, tensor in tensors.items() if not LEFT_OUT.match(key)}
 
 
 def finetuned(base: dict[str, Tensor], *, size: float = 0.05, rank: int | None = None) -> dict[str, Tensor]:
@@ -94,7 +102,7 @@ def test_every_module_is_the_best_of_its_rank(base: dict[str, Tensor]) -> None:
         assert found.architecture == "sd15"
         assert set(alphas(opened, found).values()) <= {3.0, 4.0, 6.0}
     modules = {m["name"]: m for m in report.details["modules"]}
-    # 282 of the UNet and 12 of the text encoder: every matrix but the tables of embeddings.
+    # Of the UNet and the text encoder every matrix but the tables of embeddings.
     matrices = [k for k, t in tuned.items() if t.ndim > 1 and "first_stage" not in k and "embedding" not in k]
     assert len(modules) == len(matrices)
     for module, key in ((KOHYA_QUERY, QUERY), (KOHYA_KERNEL, KERNEL)):
@@ -231,12 +239,12 @@ def test_a_clamp_is_that_of_others_and_its_error_is_told(base: dict[str, Tensor]
     tuned = finetuned(base)
     save(Path("b.safetensors"), tuned)
     plain = extract("b.safetensors", "a.safetensors", rank=6, include=[KOHYA_QUERY], output="1.safetensors")
-    report = extract("b.safetensors", "a.safetensors", rank=6, include=[KOHYA_QUERY], clamp_quantile=0.99,
+    report = extract("b.safetensors", "a.safetensors", rank=6, include=[KOHYA_QUERY], clamp_quantile=0.98,
                      output="2.safetensors", verify=True)  # fmt: skip
     delta = delta_of(tuned, base, QUERY)
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     up, down = u[:, :6] * s[:6], vh[:6]
-    high = torch.quantile(torch.cat([up.flatten(), down.flatten()]), 0.99)
+    high = torch.quantile(torch.cat([up.flatten(), down.flatten()]), 0.98)
     wanted = float((delta - up.clamp(-high, high) @ down.clamp(-high, high)).norm() / delta.norm())
     # A singular vector's sign is free, and the quantile is of signed values.
     assert math.isclose(report.details["error"], wanted, rel_tol=0.1)
@@ -324,12 +332,12 @@ NEVER = re.compile(r"no LoRA changes (it|the vae)|is no matrix, bias or norm of 
 def small(name: str) -> dict[str, Tensor]:
     """A model of these names, of two blocks of a kind, and a thirty-second of the width."""
     shapes = shapes_of(name)
+    more = re.compile(r"(blocks|layers|refiner|block)\.([2-9]|[1-9][0-9]+)\.")
     if name == "toolkit_UNET-v2-SD":
+        more = re.compile(LEFT_OUT.pattern + r"|.*\.resblocks\.([2-9]|[1-9][0-9]+)\.")
         shapes = {UNET + k: s for k, s in shapes.items()}
         shapes |= {f"cond_stage_model.model.{k}": s for k, s in shapes_of("toolkit_CLIP-v2-SD").items()}
-    else:
-        more = re.compile(r"(blocks|layers|refiner|block)\.([2-9]|[1-9][0-9]+)\.")
-        shapes = {k: s for k, s in shapes.items() if not more.search(k)}
+    shapes = {k: s for k, s in shapes.items() if not more.search(k)}
     generator = torch.Generator().manual_seed(1)
     return {
         k: 0.03 * torch.randn(tuple(n if n <= 16 else n // 32 for n in s), generator=generator)

@@ -15,8 +15,6 @@ from weightops.errors import UsageError, printable, quote
 from weightops.ops.prediction import KINDS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rich.console import Console
 
     from weightops.diffusion.generate import GenerateReport
@@ -55,8 +53,10 @@ _replace = click.option("--force", is_flag=True, help="Replace what an earlier r
 @click.option("--prompt-2", metavar="TEXT", help="For the second text encoder.  [default: the same]")
 @click.option("--negative", metavar="TEXT", help="What not to make.")
 @click.option("--negative-2", metavar="TEXT", help="The same for the second text encoder.")
-@click.option("--prompts", metavar="FILE",
-              help="Many: .txt, one in a line; .csv, .jsonl or .yaml, also with negative, seed, steps, guidance, size …")  # fmt: skip
+@click.option(
+    "--prompts", metavar="FILE",
+    help="Many: .txt, one in a line; .csv, .jsonl or .yaml, with the negative, seed, steps, guidance, size … of each.",
+)  # fmt: skip
 @click.option("--lora", "loras", metavar="FILE[:STRENGTH]", multiple=True,
               help="Of any family and dialect; may be said several times.")  # fmt: skip
 @click.option("--vae", metavar="FILE", help="Another VAE in place of the model's own.")
@@ -80,7 +80,7 @@ _replace = click.option("--force", is_flag=True, help="Replace what an earlier r
 @click.option("--values", metavar="X,Y,…",
               help="Of --grid-over strength, seed or step: 0,0.5,1 or 0..1:5, which are five.")  # fmt: skip
 @click.option("-o", "--output", metavar="FOLDER|FILE.png",
-              help="Where to write. Without it, a name made of the model's and the prompt, in this folder.")  # fmt: skip
+              help="Where to write. Without it, a name made of model and prompt, in this folder.")  # fmt: skip
 @_replace
 @_dry_run
 @options.device
@@ -145,8 +145,10 @@ def command(
 @click.option("--size", metavar="WxH", help="To which the image is scaled and cut.  [default: the pipeline's]")
 @click.option("--form", type=click.Choice(FORMATS), default="gif", show_default=True,
               help="Where -o does not say it by its name.")  # fmt: skip
-@click.option("-o", "--output", metavar="FILE.gif|FILE.mp4|FOLDER",
-              help="Where to write; a folder for several images. Without it, the image's name, in this folder.")  # fmt: skip
+@click.option(
+    "-o", "--output", metavar="FILE.gif|FILE.mp4|FOLDER",
+    help="Where to write; a folder for several images. Without it, the image's name, in this folder.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an existing file, once the new one is whole.")
 @_dry_run
 @options.device
@@ -183,16 +185,14 @@ def _draw(report: GenerateReport, verbose: bool) -> None:
     _ways(out, report, verbose)
     out.print()
     rows = report.images if verbose else report.images[:FEW]
-    columns = [name for name in ("column", "row") if report.grid is not None and len(report.grid[f"{name}s"]) > 1]
-    drawn = render.table("image", "seed", *columns, *([] if "row" in columns else ["prompt"]), right=(1,))
+    columns = ["column"] if report.grid is not None and report.grid["over"] not in ("seed", "prompt") else []
+    drawn = render.table("image", "seed", *columns, "prompt", right=(1,))
     for row in rows:
-        told = [_short(row[name].replace("\n", ", ")) for name in columns]
-        told += [] if "row" in columns else [_short(row["prompt"])]
-        drawn.add_row(row["file"], str(row["seed"]), *told)
+        drawn.add_row(row["file"], str(row["seed"]), *(_short(row[name]) for name in (*columns, "prompt")))
     out.print(drawn)
     if len(rows) < len(report.images):
         out.print(f"and {len(report.images) - len(rows):,} more (-v names them)", style="dim")
-    _inputs(out, report.inputs, verbose)
+    _inputs(out, report, verbose)
     if report.dry_run:
         out.print(f"would write {printable(report.output)}", soft_wrap=True)
         return
@@ -220,12 +220,13 @@ def _ways(out: Console, report: GenerateReport, verbose: bool) -> None:
         out.print(printable(f"{shown}{more}: {how}"), soft_wrap=True)
 
 
-def _inputs(out: Console, inputs: Sequence[dict[str, Any]], verbose: bool) -> None:
+def _inputs(out: Console, report: GenerateReport | VideoReport, verbose: bool) -> None:
     out.print()
-    for entry in inputs:
+    verb = "would read " if report.dry_run else "read   "
+    for entry in report.inputs:
         hashed = f"  {entry['hash']}" if entry["hash"] and verbose else ""
         nbytes = "" if entry["bytes"] is None else f"  {render.size(entry['bytes'])}"
-        out.print(f"read   {printable(entry['path'])}{nbytes}{hashed}", soft_wrap=True)
+        out.print(f"{verb}{printable(entry['path'])}{nbytes}{hashed}", soft_wrap=True)
 
 
 def _draw_videos(report: VideoReport) -> None:
@@ -238,7 +239,7 @@ def _draw_videos(report: VideoReport) -> None:
         told = (str(row["frames"]), str(row["fps"]), f"{width}x{height}") if "frames" in row else ("-", "-", "-")
         drawn.add_row(row["file"], printable(row["image"]), *told)
     out.print(drawn)
-    _inputs(out, report.inputs, verbose=False)
+    _inputs(out, report, verbose=False)
     if report.dry_run:
         out.print(f"would write {printable(report.output)}", soft_wrap=True)
         return

@@ -55,9 +55,7 @@ def command(file: str, as_json: bool, quiet: bool, **rest: Any) -> None:
     silent = quiet or as_json
     with render.counting("study", quiet=silent) as counting:
         shown = _Shown(counting, silent=silent)
-        report = study(
-            file, on_begin=shown.begin, on_step=shown.step, on_progress=shown.progress, inputs=rest.pop("inputs"), **rest
-        )
+        report = study(file, on_begin=shown.begin, on_step=shown.step, on_progress=shown.progress, **rest)
     if as_json:
         render.emit_json(report.to_dict())
         return

@@ -35,9 +35,8 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What a network is called with. inner: the network itself, where `network` is wrapped around it."""
+    """What a network is called with; embeds and pooled are what the text encoders made."""
 
-    inner: Any
     network: Any
     noisy: Tensor
     timesteps: Tensor
@@ -100,22 +99,19 @@ class Encoding:
         conditions: Mapping[str, Tensor],
         sizes: Tensor,
         *,
-        network: Any = None,
         guidance: float = 1.0,
     ) -> Tensor:
         """The denoiser's answer to noisy latents [n, channels, height, width], in its own dtype and that shape.
 
         conditions: what `texts` gives. sizes [n, 6]: height and width of the picture, top and left of its crop, height
-        and width asked for. network: what is called in place of the pipeline's own, as a wrapper that shares
-        gradients. guidance: told to networks that were distilled with it; 1 is none, for learning.
+        and width asked for. guidance: told to networks that were distilled with it; 1, for learning, is none.
         """
-        inner = getattr(pipe, self.denoiser)
+        network = getattr(pipe, self.denoiser)
         embeds, pooled = (
-            conditions[name].to(inner.dtype) if name in conditions else None
+            conditions[name].to(network.dtype) if name in conditions else None
             for name in ("prompt_embeds", "pooled_prompt_embeds")
         )  # fmt: skip
-        called = inner if network is None else network
-        call = _Call(inner, called, noisy.to(inner.dtype), timesteps, embeds, pooled, sizes, guidance)
+        call = _Call(network, noisy.to(network.dtype), timesteps, embeds, pooled, sizes, guidance)
         answer: Tensor = self._predict(call)
         return answer
 
@@ -171,7 +167,7 @@ def _predict_flux(call: _Call) -> Any:
     rows, columns = height // 2, width // 2
     squares = noisy.reshape(count, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
     places = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
-    guidance = torch.full((count,), call.guidance, device=noisy.device) if call.inner.config.guidance_embeds else None
+    guidance = torch.full((count,), call.guidance, device=noisy.device) if call.network.config.guidance_embeds else None
     answer = call.network(
         hidden_states=squares.reshape(count, rows * columns, channels * 4), guidance=guidance,
         timestep=call.timesteps.to(noisy.dtype) / 1000, pooled_projections=call.pooled, encoder_hidden_states=embeds,
@@ -269,11 +265,6 @@ class Encoded:
             found |= _stacked([self._store.get(self._texts[caption]) for caption in captions])
         found = {name: tensor.to(self._loaded.device) for name, tensor in found.items()}
         return found if self._texts else found | self.encoding.texts(self._loaded.pipe, captions)
-
-
-def latents_of(batch: Mapping[str, Tensor], posterior: Tensor) -> Tensor:
-    """A sample of the latents of a batch, by standard normal numbers [n, channels, height, width] (Draw.posterior)."""
-    return batch["mean"] + batch["std"] * posterior
 
 
 @dataclass(frozen=True, slots=True)

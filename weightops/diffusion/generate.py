@@ -38,7 +38,7 @@ from weightops.diffusion.models import FLOW, load
 from weightops.diffusion.png_text import encode_png, parameters_of
 from weightops.diffusion.prompts import Prompt, checked, parse_size, read_prompts
 from weightops.diffusion.sampling import Sampling, refused
-from weightops.diffusion.schedulers import check_name, scheduler_named, shown
+from weightops.diffusion.schedulers import check_name, shown
 from weightops.engine.run import Progress, ignore
 from weightops.errors import Interrupted, UsageError, WeightopsError, listing, quote
 from weightops.files.checkpoint import open_checkpoint
@@ -207,9 +207,13 @@ def generate(
         how = str(e).partition(":")[0] if isinstance(e, Interrupted) else "interrupted"
         raise Interrupted("", f"{how}: {folder.left()}") from None
     except WeightopsError as e:
+        said = folder.left()
         if folder.single or not folder.rows:
             raise
-        raise type(e)(e.where, e.what, f"{e.hint}; {folder.left()}" if e.hint else folder.left()) from None
+        raise type(e)(e.where, e.what, f"{e.hint}; {said}" if e.hint else said) from None
+    except Exception:
+        folder.left()
+        raise
     report.bytes_written = folder.nbytes
     report.seconds = time.perf_counter() - started
     report.peak_memory_bytes = peak_memory_bytes()
@@ -349,9 +353,10 @@ def _make_with(model: str, name: str, numbers: Sequence[int], run: _Run) -> None
     for prompt in dict.fromkeys(shots[n].prompt for n in numbers):
         sampling.check(prompt)
         _warn(report, sampling.notes(prompt))
-    scheduler_named(wish.scheduler, sampling.own)
-    _note_hashes(report, model, loaded)
     run.counted.steps |= {n: sampling.steps(shots[n].prompt) for n in numbers}
+    for steps in dict.fromkeys(run.counted.steps[n] for n in numbers):
+        _warn(report, sampling.check_steps(steps))
+    _note_hashes(report, model, loaded)
     of_loras: dict[tuple[Lora, ...], list[int]] = {}
     for n in numbers:
         of_loras.setdefault(shots[n].loras, []).append(n)

@@ -36,7 +36,7 @@ _MADE = re.compile(r"[0-9]{4}-[a-z0-9-]{1,120}\.png")
 class ImageFolder:
     """Where images go, and what is there so far. names: of all images; rows: of those that are written, by number.
 
-    single: one file is written, and no list beside it. old: what an earlier run has listed there.
+    single: one file is written, and no list beside it. old: what an earlier run has listed there. made: is it new?
     """
 
     folder: Path
@@ -47,13 +47,17 @@ class ImageFolder:
     rows: dict[int, dict[str, Any]] = field(default_factory=dict)
     old: frozenset[str] = frozenset()
     nbytes: int = 0
+    made: bool = False
 
     def begin(self) -> None:
         """Make the folder, and see what an earlier run has left in it. Raises OutputError."""
         if self.single:
             return
         try:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir()
+            self.made = True
+        except FileExistsError:
+            pass
         except OSError as e:
             raise OutputError(str(self.folder), f"cannot be made: {e.strerror}") from None
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -83,6 +87,9 @@ class ImageFolder:
     def left(self) -> str:
         """List what there is when a run ends before its time, and say it."""
         if self.single or not self.rows:
+            if self.made:
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
             return "no image was made, and no input was changed"
         with contextlib.suppress(OutputError):
             self._list(finished=False)

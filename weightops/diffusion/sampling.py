@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightops.diffusion.extras import hushed
-from weightops.diffusion.schedulers import scheduler_named
+from weightops.diffusion.schedulers import is_flow, scheduler_named
 from weightops.errors import MemoryRefused, MismatchError, UsageError, WeightopsError, quote
 
 if TYPE_CHECKING:
@@ -110,6 +110,27 @@ class Sampling:
             if any(length % side for length in prompt.size):
                 found = f"{prompt.size[0]}x{prompt.size[1]}"
                 raise UsageError("--size", f"found {found}, expected multiples of {side} for {self.where}")
+
+    def check_steps(self, steps: int) -> list[str]:
+        """Refuse numbers of steps that the scheduler cannot count; what is to be known of one. Raises UsageError."""
+        made = scheduler_named(self.scheduler, self.own)
+        if is_flow(made):  # any number does
+            return []
+        name, trained = type(made).__name__, int(made.config.get("num_train_timesteps", 1000))
+        try:
+            made.set_timesteps(steps)
+        except (ValueError, IndexError) as e:
+            raise UsageError("--steps", f"{name} refuses {steps}: {' '.join(str(e).split())[:200]}") from None
+        first = float(made.timesteps.max())
+        if first > trained - 1:
+            what = f"found {steps}, which {name} would count beyond the model's {trained} times of noise"
+            raise UsageError("--steps", what, "fewer do as well")
+        if steps >= 10 and first < 0.8 * trained:
+            # Steps of whole numbers from 0 up, as many as there are: 600 of them end at 600.
+            return [
+                f"{steps} steps: {name} spaces them so that they begin at time {first:g} of {trained}, not in noise"
+            ]
+        return []
 
     def _check_negative(self, prompt: Prompt) -> None:
         """Refuse negative prompts that the pipeline would take and not read."""

@@ -11,7 +11,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightops.diffusion.extras import need
+from weightops.diffusion.extras import hushed, need
 from weightops.errors import UsageError, quote
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _KARRAS: Mapping[str, Any] = {"use_karras_sigmas": True}
 _SDE: Mapping[str, Any] = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
 _ODE: Mapping[str, Any] = {"algorithm_type": "dpmsolver++", "solver_order": 2}
+# Any number of steps, not the even ones alone.
+_SINGLE: Mapping[str, Any] = {**_ODE, "lower_order_final": True}
 _FLOW: Mapping[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 # What a spacing of noise levels may be called in a scheduler's settings: one of them, or none, is chosen by the name.
@@ -58,8 +60,8 @@ SAMPLERS: Mapping[str, Sampler] = {
     "dpmpp-2m-karras": Sampler("DPMSolverMultistepScheduler", "DPM++ 2M", {**_ODE, **_KARRAS}),
     "dpmpp-2m-sde": Sampler("DPMSolverMultistepScheduler", "DPM++ 2M SDE", _SDE),
     "dpmpp-2m-sde-karras": Sampler("DPMSolverMultistepScheduler", "DPM++ 2M SDE", {**_SDE, **_KARRAS}),
-    "dpmpp-2s": Sampler("DPMSolverSinglestepScheduler", "DPM++ 2S", _ODE),
-    "dpmpp-2s-karras": Sampler("DPMSolverSinglestepScheduler", "DPM++ 2S", {**_ODE, **_KARRAS}),
+    "dpmpp-2s": Sampler("DPMSolverSinglestepScheduler", "DPM++ 2S", _SINGLE),
+    "dpmpp-2s-karras": Sampler("DPMSolverSinglestepScheduler", "DPM++ 2S", {**_SINGLE, **_KARRAS}),
     "ddim": Sampler("DDIMScheduler", "DDIM", {}),
     "ddpm": Sampler("DDPMScheduler", "DDPM", {}),
     "deis": Sampler("DEISMultistepScheduler", "DEIS", {}),
@@ -97,11 +99,17 @@ def scheduler_named(name: str | None, own: Any) -> Any:
 
     Raises UsageError where it does not fit what the model predicts, or cannot keep how the model's noise is spaced.
     """
+    if name is not None:
+        check_name(name)
+    with hushed():
+        return _made(name, own)
+
+
+def _made(name: str | None, own: Any) -> Any:
     import diffusers
 
     if name is None:
         return type(own).from_config(own.config)
-    check_name(name)
     asked = SAMPLERS[name]
     if is_flow(own):
         if not asked.flow:

@@ -1,11 +1,11 @@
 """What stands in the place of a study's inputs with --tiny: words of its file, read and made. Knows no steps.
 
-    tiny: sd15 seed 1                   a diffusers folder of this architecture: any of tiny.TINY
-    tiny: sd15 checkpoint seed 1        the same in one file, as checkpoints are shared: sd15, sd2, sdxl
-    tiny: vae seed 2                    a VAE alone; `vae sdxl seed 2` of another architecture
-    tiny: blip                          a model that captions
-    tiny: sprites 12 outlined           twelve pictures with captions, in one of sprites.STYLES
-    tiny: sprites 12 uncaptioned        the same without
+tiny: sd15 seed 1                   a diffusers folder of this architecture: any of tiny.TINY
+tiny: sd15 checkpoint seed 1        the same in one file, as checkpoints are shared: sd15, sd2, sdxl
+tiny: vae seed 2                    a VAE alone; `vae sdxl seed 2` of another architecture
+tiny: blip                          a model that captions
+tiny: sprites 12 outlined           twelve pictures with captions, in one of sprites.STYLES
+tiny: sprites 12 uncaptioned        the same without
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def read_tiny(text: str, label: str, line: int) -> Tiny:
     words = text.split()
     kinds = (*TINY, "vae", "blip", "sprites")
     if not words or words[0] not in kinds:
-        found = quote(words[0]) if words else "nothing"
-        raise refused(label, line, f"tiny: found {found}, expected a model or pictures", nearest(words[0][:40] if words else "", kinds))
+        first = words[0][:40] if words else ""
+        found = quote(first) if first else "nothing"
+        raise refused(label, line, f"tiny: found {found}, expected a model or pictures", nearest(first, kinds))
     first, rest = words[0], words[1:]
     made = Tiny(first) if first in ("vae", "blip", "sprites") else Tiny("model", architecture=first)
     if made.kind == "sprites":

@@ -5,7 +5,6 @@ Draws what the steps left to be shown. No time and no place stands on it: the sa
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightops.diffusion.page import Code, Drawing, Facts, Heading, ImageFile, Images, Page, Part, Text
@@ -14,6 +13,7 @@ from weightops.diffusion.tables import Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from weightops.diffusion.study_file import Step, Study
     from weightops.diffusion.study_state import Record
@@ -30,14 +30,17 @@ def page(*, title: str | None = None, text: str | None = None, leave_out: Sequen
 
 
 def page_of(
-    study: Study, step: Step, steps: Sequence[tuple[Step, Record]], place: Callable[[str], Path]
+    study: Study, step: Step, inputs: Sequence[tuple[str, str]], steps: Sequence[tuple[Step, Record]],
+    place: Callable[[str], Path],
 ) -> Page:  # fmt: skip
-    """The page of these steps. place: the folder of a step's outputs. Raises WeightopsError."""
+    """The page of these inputs and steps. place: the folder of a step's outputs. Raises WeightopsError."""
     asked = page(**step.words)
     parts: list[Part] = [Text(study.about)] if study.about else []
     parts += asked.parts
     if study.tiny:
         parts.append(Text(_TINY))
+    if inputs:
+        parts += [Heading("Inputs"), Facts(tuple((f"${name}", what) for name, what in inputs))]
     for other, record in steps:
         if other.name in step.words.get("leave_out", ()):
             continue

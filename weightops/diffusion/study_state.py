@@ -147,7 +147,8 @@ class State:
         """
         place, work, mark = self.place(name), self.own / "unfinished" / name, self.own / "unfinished" / f"{name}.json"
         if self.record(name) is None and os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
-            raise OutputError(str(place), "exists, and is not of this study", "move it away, or name another folder: -o")
+            hint = "move it away, or name another folder with -o"
+            raise OutputError(str(place), "exists, and is not of this study", hint)
         said = json.dumps(made_of, sort_keys=True).encode()
         with contextlib.suppress(OSError):
             if resumes and work.is_dir() and mark.read_bytes() == said:

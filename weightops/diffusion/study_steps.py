@@ -50,12 +50,17 @@ def _written(verb: Verb, job: Job, name: str) -> Made:
     account = report.account
     shown = facts(
         ("what was done", report.summary),
-        ("tensors", f"{len(account.used):,} used, {len(account.copied) + len(account.kept):,} copied"),
+        *((f"tensors of {group['component']}", _counted(group)) for group in report.groups),
         ("unused", f"{len(account.unused):,}: {listing(u.key for u in account.unused)}" if account.unused else None),
         ("written", f"{name}, {report.bytes_written:,} bytes"),
         ("in short", report.details.get("line")),
     )
     return Made({"": name}, [shown], list(report.warnings))
+
+
+def _counted(group: Mapping[str, Any]) -> str:
+    """What became of a component's tensors: "12 merged, 3 copied"."""
+    return ", ".join(f"{n:,} {what}" for what, n in group.items() if what not in ("component", "tensors") and n)
 
 
 def _inspected(verb: Verb, job: Job) -> Made:
@@ -106,7 +111,8 @@ def _check_training(verb: Verb, said: Mapping[str, Any]) -> None:
     """Refuse what the training itself would refuse, before the steps above it are run."""
     from weightops.diffusion.training_words import Words, resolution_of
 
-    asked = {name: p.default for name, p in parameters(verb.module, verb.function).items()} | said | verb.given
+    defaults = {name: p.default for name, p in parameters(verb.module, verb.function).items()}
+    asked = {**defaults, **said, **verb.given}
     asked["resolution"] = resolution_of(asked["resolution"])
     asked["optimizer_set"] = asked["optimizer_set"] or {}
     asked |= {name: None if asked[name] is None else tuple(asked[name]) for name in ("targets", "betas")}
@@ -184,6 +190,18 @@ def _generated(verb: Verb, job: Job) -> Made:
     return Made(outputs, shown, list(report.warnings))
 
 
+def _filmed(verb: Verb, job: Job) -> Made:
+    """A video of a picture, or a folder with one of each."""
+    form, many = job.words.get("form", "gif"), len(job.words["pictures"]) > 1
+    name = "videos" if many else f"{job.step}.{form}"
+    report = verb.call(job, output=job.work / name)
+    files = {Path(row["file"]).stem: f"{name}/{row['file']}" if many else name for row in report.videos}
+    shown = [facts(("what was done", report.summary), ("in files", listing(files.values())))]
+    if form == "gif":
+        shown.append(pictures([[file, stem] for stem, file in files.items()]))
+    return Made({"": name, "videos": files}, shown, list(report.warnings))
+
+
 def _page(verb: Verb, job: Job) -> Made:
     raise AssertionError(f"{verb.name} shows the other steps: the study itself writes it ({job.step})")
 
@@ -217,6 +235,10 @@ VERBS: Mapping[str, Verb] = {
         Verb(
             "generate", "weightops.diffusion.generate", "generate", _generated, fields=("images", "grid", "list"),
             several=("images",), check=_check_images, loads=True,
+        ),
+        Verb(
+            "generate video", "weightops.diffusion.video", "generate_video", _filmed, fields=("videos",),
+            several=("videos",), loads=True,
         ),
         Verb("page", "weightops.diffusion.study_page", "page", _page),
     )

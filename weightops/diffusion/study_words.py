@@ -60,11 +60,13 @@ def parameters(module: str, function: str) -> Mapping[str, Parameter]:
 
 
 def wrapped(value: Any, parameter: Parameter) -> Any:
-    """One thing as a list of it, where a list alone can be taken."""
+    """One thing as a list of it, where a list alone can be taken; a whole number as a text, where one is."""
     if isinstance(value, (list, dict)):
         return value
-    kinds = [_kind(alternative) for alternative in _alternatives(parameter.annotation)]
-    return [value] if parameter.many or (kinds and set(kinds) <= {"list", "None"}) else value
+    kinds = {_kind(alternative) for alternative in _alternatives(parameter.annotation)}
+    if _kind_of(value) == "int" and "str" in kinds and not kinds & {"int", "float", None}:
+        value = str(value)
+    return [value] if parameter.many or kinds <= {"list", "None"} else value
 
 
 def misfit(value: Any, parameter: Parameter) -> str | None:

@@ -8,8 +8,9 @@ BIN = $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/weightops demo
 
+# On up to four cores; a core that has nothing left takes over what another has not begun.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging.handlers
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -221,7 +222,13 @@ def test_a_half_vae_encodes_in_float32_and_stays_half(models: Callable[[str], Lo
     wide = type(vae).from_config(vae.config).eval()
     wide.load_state_dict(half.state_dict())
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    mean, _ = ENCODINGS["sd15"].latents(SimpleNamespace(vae=half), pixels)
+    said = logging.handlers.BufferingHandler(100)
+    logging.getLogger("diffusers").addHandler(said)
+    try:
+        mean, _ = ENCODINGS["sd15"].latents(SimpleNamespace(vae=half), pixels)
+    finally:
+        logging.getLogger("diffusers").removeHandler(said)
+    assert said.buffer == []
     expected, _ = ENCODINGS["sd15"].latents(SimpleNamespace(vae=wide), pixels)
     assert mean.dtype == torch.float32
     assert torch.equal(mean, expected)

@@ -1,10 +1,11 @@
-"""Every name makes the scheduler that people mean by it, and nothing that the model was trained for is lost on the way."""
+"""Every name makes the scheduler that people mean by it; nothing that the model was trained for is lost on the way."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
 
 from weightops.diffusion.extras import hushed
 from weightops.diffusion.schedulers import SAMPLERS, check_name, is_flow, scheduler_named, shown
@@ -38,7 +39,9 @@ def refusal(call: Any) -> tuple[str, str | None]:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_name_makes_its_class_from_the_models_own_scheduler(name: str) -> None:
     made = scheduler_named(name, own())
-    made.set_timesteps(6)
+    with hushed():
+        made.set_timesteps(6)
+    assert 0 < made.timesteps.max() < 1000
     assert type(made).__name__ == SAMPLERS[name].made
     assert bool(made.config.get("use_karras_sigmas")) is name.endswith("karras")
     assert (made.config.beta_start, made.config.beta_schedule) == (0.00085, "scaled_linear")
@@ -97,10 +100,12 @@ def test_models_of_flow_matching_get_schedulers_of_flow_matching(name: str) -> N
     assert is_flow(made)
     assert type(made).__name__ == SAMPLERS[name].flow
     assert made.config.get("shift", made.config.get("flow_shift")) == 3.0
-    # The same noise levels as the model's own, but for where the last one lies.
-    before.set_timesteps(8)
     made.set_timesteps(8)
-    assert abs(before.sigmas[:-2] - made.sigmas[:-2]).max() < 0.08
+    if not SAMPLERS[name].flow.startswith("FlowMatch"):
+        even = torch.linspace(1, 0.001, 9)[:-1]
+        assert torch.allclose(made.sigmas[:-1], 3 * even / (1 + 2 * even), atol=2e-3)
+    assert made.sigmas[0] == pytest.approx(1, abs=1e-3)
+    assert made.sigmas[-1] == 0
 
 
 def test_a_shift_that_depends_upon_the_size_stays_so() -> None:

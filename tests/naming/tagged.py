@@ -28,7 +28,7 @@ def tagged(shapes: dict[str, tuple[int, ...]], start: int = 1) -> dict[str, Tens
     for key, shape in shapes.items():
         count = shape[0] if shape else 1
         if len(shape) == 2 and count * shape[1] <= 1 << 21:
-            # Row i is the numbers from tag + 2i on, of one run of numbers: no other row, column or transpose is the same.
+            # Row i is a run of numbers from tag + 2i on: no other row or column is the same, nor is the transpose.
             run = torch.arange(tag, tag + 2 * count + shape[1], dtype=torch.float64)
             found[key] = run.as_strided(shape, (2, 1))
         else:

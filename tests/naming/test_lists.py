@@ -251,6 +251,11 @@ def identity(shapes: Mapping[str, tuple[int, ...]]) -> Identity:
     return identify(header(shapes))
 
 
+@functools.cache
+def identified(name: str) -> Identity:
+    return identity(listed(name))
+
+
 def adapters(shapes: Mapping[str, tuple[int, ...]]) -> AdapterFile:
     return read_adapters(Checkpoint("made up", "safetensors", [], header(shapes)))
 
@@ -265,14 +270,14 @@ def test_the_tables_have_a_row_for_every_list() -> None:
 
 @pytest.mark.parametrize("name", LISTS)
 def test_every_list_is_named_rightly_or_not_at_all(name: str) -> None:
-    found = identity(listed(name))
+    found = identified(name)
     assert Row(found.kind, found.architecture, found.spelling, found.variant) == LISTS[name]
     assert found.possible == ()
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_no_key_of_a_model_of_ours_is_unclaimed(name: str) -> None:
-    found = identity(listed(name))
+    found = identified(name)
     assert found.strangers == ()
     for part in found.parts.values():
         assert part.match is not None
@@ -286,7 +291,7 @@ def test_no_key_of_a_model_of_ours_is_unclaimed(name: str) -> None:
 
 @pytest.mark.parametrize("name", LISTS)
 def test_every_key_has_one_component(name: str) -> None:
-    found = identity(listed(name))
+    found = identified(name)
     assert found.components.keys() == listed(name).keys()
     alone = {
         "unknown": "other",
@@ -301,7 +306,7 @@ def test_every_key_has_one_component(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_every_component_of_a_whole_checkpoint_is_known(name: str) -> None:
-    found = identity(listed(name))
+    found = identified(name)
     counted = Counter(found.components.values())
     for component, held in COMPONENTS[name].items():
         match = found.parts[component].match if component in found.parts else None
@@ -311,7 +316,7 @@ def test_every_component_of_a_whole_checkpoint_is_known(name: str) -> None:
 
 @pytest.mark.parametrize("name", LORAS)
 def test_every_adapter_list_is_named_rightly_or_not_at_all(name: str) -> None:
-    assert identity(listed(name)).kind == "lora"
+    assert identified(name).kind == "lora"
     found = adapters(listed(name))
     assert (
         Lora(
@@ -352,7 +357,7 @@ def networks(found: Identity) -> dict[str, tuple[str, str] | None]:
 
 @pytest.mark.parametrize("name", LISTS)
 def test_a_tiny_model_is_known_by_its_names(name: str) -> None:
-    found, whole = identity(tiny(listed(name))), identity(listed(name))
+    found, whole = identity(tiny(listed(name))), identified(name)
     assert (found.kind, found.spelling) == (whole.kind, whole.spelling)
     assert found.variant is None
     if whole.kind == "checkpoint":
@@ -378,7 +383,7 @@ def check_piece(name: str, found: Identity) -> None:
     assert found.kind in (row.kind, "unknown")
     assert found.spelling in (row.spelling, None)
     assert found.variant in (row.variant, None)
-    match = next(iter(identity(listed(name)).parts.values())).match
+    match = next(iter(identified(name).parts.values())).match
     network = match.network.name if match is not None and row.kind != "checkpoint" else None
     if found.architecture is not None:
         assert found.architecture in (row.architecture, network)
@@ -407,7 +412,7 @@ def test_a_diffusion_model_is_the_same_under_every_prefix(prefix: str) -> None:
 
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_one_component_of_a_checkpoint_is_known_alone(name: str) -> None:
-    whole = identity(listed(name))
+    whole = identified(name)
     for component, held in COMPONENTS[name].items():
         if held.network is None:
             continue
@@ -581,7 +586,7 @@ TEXT_ENCODERS = {
 
 def linear(name: str) -> Shapes:
     """The matrices of a text encoder's blocks, in canonical names."""
-    match = identity(listed(name)).parts["text_encoder"].match
+    match = identified(name).parts["text_encoder"].match
     assert match is not None
     claims = ((match.table.claim(key), shape) for key, shape in listed(name).items())
     names = {claim.names[0]: shape for claim, shape in claims if claim is not None and len(shape) == 2}

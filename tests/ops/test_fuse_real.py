@@ -133,10 +133,11 @@ def test_real_loras_fuse_into_a_checkpoint_of_full_size(tmp_path: Path) -> None:
             if key not in wanted:
                 assert torch.equal(before, after), key
                 continue
-            added = torch.zeros(len(before), before[0].numel(), dtype=torch.float64)
-            for strength, delta in wanted[key]:
+            (strength, delta), *more = wanted[key]
+            added = delta().flatten(1).mul_(strength)
+            for strength, delta in more:
                 added.add_(delta().flatten(1), alpha=strength)
-            most, others = float(torch.linalg.vector_norm(added, math.inf)), 0
+            most, others = max(map(abs, map(float, torch.aminmax(added)))), 0
             # A piece at a time, which stays in a processor's cache: that takes a quarter of the time.
             for old, new, change in zip(*(t.flatten().split(1 << 16) for t in (before, after, added)), strict=True):
                 start = old.double()

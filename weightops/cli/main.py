@@ -44,6 +44,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("caption", "Diffusion", "Captions for a folder of images, by BLIP."),
     Entry("train", "Diffusion", "A LoRA learnt from images and captions, or from one subject's."),
     Entry("generate", "Diffusion", "Images of prompts, with LoRAs, in labelled grids; videos of images."),
+    Entry("evaluate", "Diffusion", "What a LoRA or a training has learnt, in numbers and what they say."),
     Entry("study", "Diffusion", "A whole study from one file: steps, grids, tables, one page."),
     Entry("demo", "Start here", "A small real merge, made and checked on the spot."),
 )

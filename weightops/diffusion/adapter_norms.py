@@ -21,7 +21,7 @@ from weightops.ops.blocks import blocks
 from weightops.ops.spectra import spectra_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from weightops.diffusion.compared import Compared
     from weightops.diffusion.findings import Tick
@@ -141,7 +141,7 @@ def adapter_norms(
         if known:
             tables["changes-by-block"] = _by_block(
                 norms, names, "‖ΔW‖/‖W‖ by block, in percent", lambda norm: norm.percent,
-                "Of the weights of a block that a LoRA changes. An empty cell: nothing is changed there.",
+                "Of the weights of a block that a LoRA changes. An empty cell: nothing is changed there.", 2,
             )  # fmt: skip
     drawings = _drawn(compared, norms, known=known)
     return Finding(NORMS, _SAYS, tables, drawings, {"relative to": "the model" if known else None}, tuple(warnings))
@@ -182,11 +182,14 @@ def _in_order(norms: Mapping[str, Norms]) -> list[str]:
     return found
 
 
-def _by_block(norms: Mapping[str, Norms], names: Sequence[str], title: str, value: Any, note: str) -> Table:
+def _by_block(
+    norms: Mapping[str, Norms], names: Sequence[str], title: str, value: Callable[[Norm], float | None], note: str,
+    decimals: int = 4,
+) -> Table:  # fmt: skip
     rows = [
         (name, *(value(n.blocks[name]) if name in n.blocks else None for n in norms.values())) for name in names
     ]  # fmt: skip
-    return Table(title, ("block", *norms), tuple(rows), note, 4)
+    return Table(title, ("block", *norms), tuple(rows), note, decimals)
 
 
 def _drawn(compared: Sequence[Compared], norms: Mapping[str, Norms], *, known: bool) -> dict[str, Drawing]:

@@ -31,7 +31,8 @@ MAX_IMAGES = 9_999  # what four digits number
 _SAYS = "numbers as 0,0.5,1 or 0..1:5 (five of them, both ends among them) or 0,0.25..1"
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".yaml", ".yml", ".index.json")
 # kohya's name-step00000500 and name-000010, diffusers' checkpoint-500.
-_NUMBERED = re.compile(r"(?:.*[-_.])?(?P<word>step|checkpoint)?[-_]?(?P<number>[0-9]{1,9})", re.IGNORECASE)
+_NUMBER = re.compile(r"(?:^|[-_.]|step|checkpoint)([0-9]{1,9})$", re.IGNORECASE)
+_OF_STEPS = re.compile(r"step|checkpoint", re.IGNORECASE)
 # How the file of a LoRA is called in a checkpoint's folder.
 _LORAS = ("lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
@@ -344,22 +345,23 @@ def _last(path: Path, newest: int) -> list[tuple[str, int | None, str]]:
 
 def _numbered(folder: Path, label: str) -> list[tuple[str, int | None, str]]:
     found: dict[int, tuple[str, int | None, str]] = {}
-    final = []
+    final: list[tuple[str, int | None, str]] = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not (path.is_dir() or path.suffix.lower() == ".safetensors"):
             continue
-        match = _NUMBERED.fullmatch(path.name if path.is_dir() else stem_of(path.name))
+        name = path.name if path.is_dir() else stem_of(path.name)
+        match = _NUMBER.search(name)
         if match is None and path.is_dir():
             continue
         lora = _lora_in(path) if path.is_dir() else str(path)
         step = _said_steps(Path(lora))
-        if step is None and match is None:
+        if step is not None:
+            found[step] = (f"step {step}", step, lora)
+        elif match is not None:
+            step = int(match[1])
+            found[step] = (f"step {step}" if _OF_STEPS.search(name) else str(step), step, lora)
+        else:
             final.append(("final", None, lora))
-            continue
-        said = step is not None or (match is not None and match["word"])
-        step = int(match["number"]) if step is None and match is not None else step
-        assert step is not None
-        found[step] = (f"step {step}" if said else str(step), step, lora)
     if len(final) > 1:
         names = listing(Path(file).name for _, _, file in final)
         raise UsageError(label, f"found {len(final)} files without a number of steps: {names}, expected one at most")

@@ -28,7 +28,7 @@ _ADAPTER = "adapter_config.json"  # PEFT's folder of one LoRA has it
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A LoRA at a strength. run: what it is a point of, a training run or itself. step: of its training, where known."""
+    """A LoRA at a strength. run: what it is a point of, a training or itself. step: of the training, where known."""
 
     label: str
     file: str
@@ -51,7 +51,8 @@ def compared_of(loras: Sequence[LoraName]) -> list[Compared]:
     found = [replace(one, label=_longer(one)) if labels[one.label] > 1 else one for one in found]
     for label, count in Counter(one.label for one in found).items():
         if count > 1 or label == BASE:
-            raise UsageError("--lora", f"found {quote(label)} {'twice' if count > 1 else 'as a name, which the model has'}")
+            why = "twice" if count > 1 else "as a LoRA's name, which stands for the model alone"
+            raise UsageError("--lora", f"found {quote(label)} {why}")
     return found
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from weightops.diffusion.compared import Compared
     from weightops.diffusion.findings import Tick
     from weightops.diffusion.models import Loaded
+    from weightops.diffusion.tables import Cell
 
 DRIFT = "drift"
 # Plain things of different kinds, of which hardly a LoRA is one.
@@ -44,11 +45,11 @@ _THUMBNAIL = 256  # pixels of the longer side of an image in the drawing
 _MOST_DRAWN = 8  # prompts in it
 
 _SAYS = (
-    "Drift compares the model's image of a prompt with the one that it makes with a LoRA, from the same noise: PSNR and "
-    "SSIM (high: nearly the same image), and the root of the mean squared difference of the pixels, in 255ths (low: the "
-    "same). Prompts that have nothing to do with what was trained should change little; those of the subject should "
-    "change. It says how far images move, and not whether they are better or worse: a composition that tips over from "
-    "one seed's image to another's looks like much drift, and both may be good. A few prompts are a sample of all."
+    "Drift compares the model's image of a prompt with the one that it makes with a LoRA, from the same noise: PSNR "
+    "and SSIM (high: nearly the same image), and the root of the mean squared difference of the pixels, RMS, in 255ths "
+    "(low: the same). Prompts that have nothing to do with what was trained should change little, and those of the "
+    "subject should change. It says how far images move, and not whether they get better or worse: where a composition "
+    "tips over into another one there is much drift, and both images may be good. A few prompts are a sample of all."
 )
 
 
@@ -161,9 +162,9 @@ def _apart(a: np.ndarray, b: np.ndarray) -> _Apart:
 def _table(found: Mapping[str, Sequence[_Apart]], shown: Sequence[Shown], note: str) -> Table:
     kinds = [(True, "unrelated")] + ([(False, "subject")] if any(not s.unrelated for s in shown) else [])
     columns = [f"{kind}: {name}" for _, kind in kinds for name in ("PSNR in dB", "SSIM", "RMS")]
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for label, pairs in found.items():
-        cells: list[float] = []
+        cells: list[Cell] = []
         for unrelated, _ in kinds:
             own = [pair for pair, s in zip(pairs, shown, strict=True) if s.unrelated is unrelated]
             cells += [_mean([p.psnr for p in own]), _mean([p.ssim for p in own]), _mean([p.rms for p in own])]
@@ -172,7 +173,7 @@ def _table(found: Mapping[str, Sequence[_Apart]], shown: Sequence[Shown], note: 
 
 
 def _by_image(found: Mapping[str, Sequence[_Apart]], shown: Sequence[Shown]) -> Table:
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (label, s.prompt.prompt, "unrelated" if s.unrelated else "subject", s.seed, pair.psnr, pair.ssim, pair.rms)
         for label, pairs in found.items()
         for s, pair in zip(shown, pairs, strict=True)

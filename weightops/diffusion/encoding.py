@@ -70,15 +70,16 @@ class Encoding:
         asked = vae.dtype
         # Some VAEs overflow in float16, and say so; once for each picture, float32 costs little.
         wide = asked != torch.float32 and config.get("force_upcast", True)
-        if wide:
-            vae.to(torch.float32)
-        try:
-            with torch.no_grad():
-                found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-                mean, deviation = found.mean.float(), found.std.float()
-        finally:
-            if wide:
-                vae.to(asked)
+        with hushed():
+            try:
+                if wide:
+                    vae.to(torch.float32)
+                with torch.no_grad():
+                    found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+                    mean, deviation = found.mean.float(), found.std.float()
+            finally:
+                if wide:
+                    vae.to(asked)
         scale: float | Tensor = config.scaling_factor
         shift: float | Tensor = config.get("shift_factor") or 0.0
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:

@@ -12,21 +12,16 @@ from weightops import __version__
 from weightops.diffusion import drift as drifting
 from weightops.diffusion import held_out as holding
 from weightops.diffusion import image_pairs as pairing
-from weightops.diffusion.adapter_norms import NORMS, adapter_norms
+from weightops.diffusion.adapter_norms import adapter_norms
 from weightops.diffusion.axes import stem_of
-from weightops.diffusion.compared import compared_of
-from weightops.diffusion.dataset import read_examples
 from weightops.diffusion.evaluation_folder import check_place, document_of, files_of, said, write_folder
+from weightops.diffusion.evaluation_inputs import Words, check_words, inputs_of, look, name_of
 from weightops.diffusion.extras import need
-from weightops.diffusion.findings import LeftOut
-from weightops.diffusion.generated_images import generated_of, hash_of
 from weightops.diffusion.held_out import held_out_score
 from weightops.diffusion.image_records import digest_of, versions_of
 from weightops.diffusion.models import load
-from weightops.diffusion.pictures import find_pictures
 from weightops.diffusion.training_words import resolution_of
 from weightops.engine.run import Progress, ignore
-from weightops.errors import UsageError, printable
 from weightops.files.checkpoint import open_checkpoint
 from weightops.naming.identify import identify
 from weightops.ops.report import peak_memory_bytes
@@ -34,17 +29,10 @@ from weightops.ops.report import peak_memory_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weightops.diffusion.compared import Compared
-    from weightops.diffusion.dataset import Examples
-    from weightops.diffusion.drift import Shown
-    from weightops.diffusion.findings import Finding
-    from weightops.diffusion.generated_images import Generated
-    from weightops.diffusion.image_pairs import Pairs
+    from weightops.diffusion.evaluation_inputs import Asked
+    from weightops.diffusion.findings import Finding, LeftOut
     from weightops.diffusion.models import Loaded, LoraName
-    from weightops.diffusion.pictures import Picture
     from weightops.diffusion.tables import Table
-
-    Place = str | os.PathLike[str]
 
 __all__ = ["EvaluateReport", "evaluate", "held_out_score"]
 
@@ -96,27 +84,27 @@ class EvaluateReport:
 
 
 def evaluate(
-    folder: Place | None = None,
+    folder: str | os.PathLike[str] | None = None,
     *,
-    generated: Place | Sequence[Place] = (),
-    model: Place | None = None,
+    generated: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    model: str | os.PathLike[str] | None = None,
     loras: Sequence[LoraName] = (),
-    vae: Place | None = None,
-    like: Place | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    like: str | os.PathLike[str] | None = None,
     pairs: int = 8,
     resolution: str | int | tuple[int, int] | None = None,
     batch: int = 4,
     seed: int = 0,
-    trained_on: Place | None = None,
+    trained_on: str | os.PathLike[str] | None = None,
     drift: int | None = None,
-    drift_prompts: Place | None = None,
+    drift_prompts: str | os.PathLike[str] | None = None,
     prompt: str | Sequence[str] = (),
     steps: int | None = None,
     guidance: float | None = None,
     clip: str | None = None,
     lpips: bool = False,
     prediction: str | None = None,
-    output: Place | None = None,
+    output: str | os.PathLike[str] | None = None,
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
@@ -141,23 +129,22 @@ def evaluate(
     """
     started = time.perf_counter()
     places = [generated] if isinstance(generated, str | os.PathLike) else list(generated)
-    words = _Words(
-        None if folder is None else os.fspath(folder), [os.fspath(place) for place in places],
-        None if model is None else os.fspath(model), vae, like,
-        holding.Fixed(pairs, seed, resolution_of(resolution), batch, prediction),
-        None if trained_on is None else os.fspath(trained_on), drift,
-        None if drift_prompts is None else os.fspath(drift_prompts), [prompt] if isinstance(prompt, str) else list(prompt),
-        steps, guidance, clip, lpips, device, dtype,
+    words = Words(
+        _path(folder), [os.fspath(place) for place in places], _path(model), vae, like,
+        holding.Fixed(pairs, seed, resolution_of(resolution), batch, prediction), _path(trained_on), drift,
+        _path(drift_prompts), [prompt] if isinstance(prompt, str) else list(prompt), steps, guidance, clip, lpips,
+        device, dtype,
     )  # fmt: skip
     need("evaluate", "PIL", "matplotlib")
-    _check(words, loras)
+    check_words(words, loras)
     report = EvaluateReport("", dry_run=dry_run)
-    asked = _asked(words, loras, report)
-    target = Path(output) if output is not None else Path(_name(words, loras))
+    asked = look(words, loras, report.warnings)
+    report.left_out = asked.left_out
+    target = Path(name_of(words, asked) if output is None else output)
     report.output = str(target)
     given = [place for place in (words.folder, *words.generated, words.model, words.trained_on) if place is not None]
     check_place(target, [*given, *(one.file for one in asked.compared)], force=force)
-    report.inputs = _inputs(words, asked)
+    report.inputs = inputs_of(words, asked)
     if dry_run:
         report.summary = _summary(asked.parts, report.left_out, "would measure")
         return report
@@ -176,152 +163,11 @@ def evaluate(
     return report
 
 
-# ------------------------------------------------------------------------------------------------ words
+# ------------------------------------------------------------------------------------------------ measuring
 
 
-@dataclass(frozen=True, slots=True)
-class _Words:
-    """What was asked for, beside the LoRAs."""
-
-    folder: str | None
-    generated: Sequence[str]
-    model: str | None
-    vae: Place | None
-    like: Place | None
-    fixed: holding.Fixed
-    trained_on: str | None
-    drift: int | None
-    drift_prompts: str | None
-    prompts: Sequence[str]
-    steps: int | None
-    guidance: float | None
-    clip: str | None
-    lpips: bool
-    device: str
-    dtype: str
-
-    @property
-    def drifts(self) -> bool:
-        return self.drift is not None or self.drift_prompts is not None
-
-    def to_dict(self) -> dict[str, Any]:
-        """What decides the numbers, and is no input."""
-        size = None if self.fixed.resolution is None else list(self.fixed.resolution)
-        return {
-            "pairs": self.fixed.pairs, "seed": self.fixed.seed, "resolution": size, "batch": self.fixed.batch,
-            "prediction": self.fixed.prediction, "drift": self.drift, "steps": self.steps, "guidance": self.guidance,
-            "lpips": self.lpips, "dtype": self.dtype,
-        }  # fmt: skip
-
-
-def _check(words: _Words, loras: Sequence[LoraName]) -> None:
-    """Refuse words that ask for a part whose inputs are not there, or that would do nothing. Raises UsageError."""
-    holding.check_fixed(words.fixed)
-    if words.drift is not None and words.drift < 1:
-        raise UsageError("--drift", f"found {words.drift}, expected 1 or more images of each prompt")
-    if words.drifts and (words.model is None or not loras):
-        raise UsageError("--drift", "needs a --model and a --lora to compare it with")
-    for option, given in (
-        ("--prompt", bool(words.prompts)), ("--steps", words.steps is not None),
-        ("--guidance", words.guidance is not None),
-    ):  # fmt: skip
-        if given and not words.drifts:
-            raise UsageError(option, "is of the images of --drift, which is not asked for", "--drift 1 does")
-    if words.clip is not None and not words.generated:
-        raise UsageError("--clip", "needs --generated FOLDER, of weightops generate")
-    if words.lpips and (words.folder is None or not words.generated):
-        raise UsageError("--lpips", "needs DIR with real images, and --generated FOLDER")
-    if words.trained_on is not None and (words.folder is None or words.model is None):
-        raise UsageError("--trained-on", "needs DIR and --model: it is for the held-out loss")
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """The inputs as they were found. pipeline: do parts need the model as one? parts: that are to be measured."""
-
-    real: Sequence[Picture]
-    examples: Examples | None
-    generated: Sequence[Generated]
-    pairs: Pairs | None
-    compared: Sequence[Compared]
-    shown: Sequence[Shown]
-    parts: Sequence[str]
-
-    @property
-    def pipeline(self) -> bool:
-        return holding.HELD_OUT in self.parts or drifting.DRIFT in self.parts
-
-
-def _asked(words: _Words, loras: Sequence[LoraName], report: EvaluateReport) -> _Asked:
-    """Look at all that is given, and decide what is measured. Raises WeightopsError."""
-    compared = compared_of(loras)
-    examples, uncaptioned = _examples(words, report)
-    real: Sequence[Picture] = [] if examples is None else [e.picture for e in examples.examples]
-    if words.folder is not None and examples is None:
-        real = _real(words.folder, report)
-    generated = generated_of(words.generated, report.warnings)
-    if words.clip is not None:
-        pairing.check_prompts(generated)
-    pairs = None
-    if words.folder is not None and generated:
-        pairs = pairing.paired(real, generated, words.folder)
-        for part in (pairing.PSNR_SSIM, *([pairing.LPIPS] if words.lpips else [])):
-            pairing.check_sizes(pairs, part)
-    shown: list[Shown] = []
-    if words.drifts:
-        size = None if words.fixed.resolution is None else (words.fixed.resolution[1], words.fixed.resolution[0])
-        shown = drifting.shown_of(
-            words.prompts, words.drift_prompts, images=words.drift or 1, seed=words.fixed.seed, steps=words.steps,
-            guidance=words.guidance, size=size,
-        )  # fmt: skip
-    missing = {
-        pairing.PSNR_SSIM: _needs(("DIR with real images", real), ("--generated FOLDER", generated)),
-        pairing.LPIPS: "" if words.lpips else "asks for it: --lpips, with DIR and --generated",
-        pairing.CLIP: "" if words.clip else "asks for it: --clip MODEL, with --generated of weightops generate",
-        holding.HELD_OUT: uncaptioned or _needs(("DIR with captioned images", examples), ("--model", words.model)),
-        NORMS: _needs(("--lora", compared)),
-        drifting.DRIFT: "" if shown else "asks for it: --drift N, with --model and --lora",
-    }
-    parts = [part for part, needs in missing.items() if not needs]
-    if not parts:
-        hint = "; ".join(f"{part}: {needs}" for part, needs in missing.items())
-        raise UsageError("evaluate", "found nothing that can be measured with what is given", hint)
-    report.left_out = [LeftOut(part, needs) for part, needs in missing.items() if needs]
-    return _Asked(real, examples, generated, pairs, compared, shown, parts)
-
-
-def _needs(*inputs: tuple[str, Any]) -> str:
-    absent = [name for name, given in inputs if not given]
-    return f"needs {' and '.join(absent)}" if absent else ""
-
-
-def _examples(words: _Words, report: EvaluateReport) -> tuple[Examples | None, str]:
-    """The captioned images, or why there are none though they could be of use. Raises UsageError where only they are."""
-    if words.folder is None or words.model is None:
-        return None, ""
-    try:
-        found = read_examples(words.folder, where=words.folder)
-    except UsageError as e:
-        if not words.generated:
-            raise
-        return None, f"needs captions of DIR: {e.what}"
-    report.warnings += found.warnings
-    return found, ""
-
-
-def _real(folder: str, report: EvaluateReport) -> Sequence[Picture]:
-    found = find_pictures(folder)
-    if found.broken:
-        names = ", ".join(f"{name!r} ({reason})" for name, reason in found.broken[:5])
-        report.warnings.append(f"{printable(folder)}: broken images are left out: {printable(names)}")
-    return found.pictures
-
-
-def _name(words: _Words, loras: Sequence[LoraName]) -> str:
-    """What the folder is called where nobody says it."""
-    first = loras[0] if loras else words.generated[0] if words.generated else words.folder or words.model or ""
-    label = os.fspath(first[0] if isinstance(first, tuple) else first)
-    return f"{stem_of(label.rpartition(':')[0] if loras and ':' in stem_of(label) else label)[:80]}-evaluation"
+def _path(place: str | os.PathLike[str] | None) -> str | None:
+    return None if place is None else os.fspath(place)
 
 
 def _summary(parts: Sequence[str], left_out: Sequence[LeftOut], verb: str) -> str:
@@ -329,37 +175,10 @@ def _summary(parts: Sequence[str], left_out: Sequence[LeftOut], verb: str) -> st
     return text + (f"; left out {', '.join(left.part for left in left_out)}" if left_out else "")
 
 
-def _inputs(words: _Words, asked: _Asked) -> list[dict[str, Any]]:
-    """Images by the hash of names and bytes; files without one yet. A model that is not there is refused."""
-    found: list[dict[str, Any]] = []
-    if words.folder is not None:
-        found.append(_of_images(words.folder, asked.real))
-    for place in words.generated:
-        found.append(_of_images(place, [p for row in asked.generated if row.folder == place for p in row.pictures]))
-    for label in [words.model, words.vae, *dict.fromkeys(one.file for one in asked.compared)]:
-        if label is not None:
-            found.append({"path": os.fspath(label), "hash": None, "bytes": _nbytes(os.fspath(label))})
-    return found
-
-
-def _of_images(place: str, pictures: Sequence[Picture]) -> dict[str, Any]:
-    return {"path": place, "hash": hash_of(pictures), "bytes": sum(picture.nbytes for picture in pictures)}
-
-
-def _nbytes(label: str) -> int | None:
-    if label.startswith("hf://") or label.lower().endswith((".yaml", ".yml")):
-        return None
-    with open_checkpoint(label) as opened:
-        return opened.nbytes
-
-
-# ------------------------------------------------------------------------------------------------ measuring
-
-
 class _Run:
     """All parts, one after the other; what can be refused quickly comes before what takes long."""
 
-    def __init__(self, words: _Words, asked: _Asked, report: EvaluateReport, on_progress: Progress) -> None:
+    def __init__(self, words: Words, asked: Asked, report: EvaluateReport, on_progress: Progress) -> None:
         self.words, self.asked, self.report = words, asked, report
         self._on_progress = on_progress
         self._done, self._total = 0, self._work()
@@ -381,7 +200,7 @@ class _Run:
     def measure(self) -> None:
         """Raises WeightopsError."""
         words, asked = self.words, self.asked
-        loaded = self._load() if asked.pipeline or _is_recipe(words.model) and asked.compared else None
+        loaded = self._load() if asked.pipeline or (_is_recipe(words.model) and asked.compared) else None
         norms = self._norms(loaded) if asked.compared else None
         if words.lpips:
             pairing.check_lpips()
@@ -453,7 +272,7 @@ def _is_recipe(model: str | None) -> bool:
     return model is not None and model.lower().endswith((".yaml", ".yml"))
 
 
-def _facts(words: _Words, asked: _Asked) -> list[tuple[str, str]]:
+def _facts(words: Words, asked: Asked) -> list[tuple[str, str]]:
     """What the page says at its top: names, and no places."""
     rows = []
     if words.model is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
 from weightops.diffusion.page import Drawing, Facts, Heading, Page, Part, Text
-from weightops.errors import OutputError, listing, printable, quote
+from weightops.errors import OutputError, listing
 from weightops.files.folder import FolderWriter
 from weightops.files.writer import check_target
 
@@ -129,4 +129,4 @@ def _parts(
 
 
 def _captioned(stem: str, drawing: Drawing) -> Drawing:
-    return Drawing(drawing.data, drawing.words, drawing.caption or f"{printable(drawing.words)} ({quote(stem)[1:-1]}.png)")
+    return Drawing(drawing.data, drawing.words, f"{drawing.caption or drawing.words} ({stem}.png)")

@@ -182,7 +182,7 @@ def _line_height(size: int) -> int:
 
 
 # Where a word that is too long for a line is best broken: after these.
-_JOINTS = re.compile(r"[-_./:,;|)]")
+_JOINTS = re.compile(r"(?<=[-_./:,;|)])(?=.)")
 
 
 def _wrapped(text: str, room: int, face: str, size: int, most: int) -> tuple[str, ...]:
@@ -190,18 +190,12 @@ def _wrapped(text: str, room: int, face: str, size: int, most: int) -> tuple[str
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""
-        for word in paragraph.split():
-            joined = f"{line} {word}".strip()
-            if _width(joined, face, size) <= room:
-                line = joined
-                continue
-            if line:
+        for piece, spaced in _pieces(paragraph, room, face, size):
+            joined = f"{line} {piece}" if spaced and line else line + piece
+            if _width(joined, face, size) > room and line:
                 lines.append(line)
-            while _width(word, face, size) > room and len(word) > 1:
-                fits = _fits(word, room, face, size)
-                lines.append(word[:fits])
-                word = word[fits:]
-            line = word
+                joined = piece
+            line = joined
         if line:
             lines.append(line)
     if len(lines) > most:
@@ -212,13 +206,19 @@ def _wrapped(text: str, room: int, face: str, size: int, most: int) -> tuple[str
     return tuple(lines)
 
 
-def _fits(word: str, room: int, face: str, size: int) -> int:
-    """How many letters of a word that is too long go into this line: one at least; up to a joint, if there is one."""
-    fits = 1
-    while fits < len(word) - 1 and _width(word[: fits + 1], face, size) <= room:
-        fits += 1
-    joints = [match.end() for match in _JOINTS.finditer(word[:fits])]
-    return joints[-1] if joints and joints[-1] > fits // 3 else fits
+def _pieces(text: str, room: int, face: str, size: int) -> Iterator[tuple[str, bool]]:
+    """What may not be broken, and whether a space stands before it: words, and parts of those that are too long."""
+    for word in text.split():
+        if _width(word, face, size) <= room:
+            yield word, True
+            continue
+        for number, part in enumerate(_JOINTS.split(word)):
+            rest, spaced = part, number == 0
+            while _width(rest, face, size) > room and len(rest) > 1:
+                fits = next((n for n in range(len(rest) - 1, 1, -1) if _width(rest[:n], face, size) <= room), 1)
+                yield rest[:fits], spaced
+                rest, spaced = rest[fits:], False
+            yield rest, spaced
 
 
 # ------------------------------------------------------------------------------------------------ drawing

@@ -131,7 +131,7 @@ def _framing(loaded: Loaded, fixed: Fixed) -> Framing:
 def held_out(
     loaded: Loaded, examples: Examples, compared: Sequence[Compared], fixed: Fixed, tick: Tick
 ) -> Finding:  # fmt: skip
-    """The loss of the model alone and with each LoRA, by timesteps. tick: of images and of LoRAs' losses of an image."""
+    """The loss of the model alone and with each LoRA, by timesteps. tick: of images encoded, and of pairs measured."""
     wear(loaded, ())
     prepared = prepare(loaded, examples, fixed)
     tick(len(examples.examples))
@@ -259,9 +259,13 @@ def _repeated(held: Sequence[Picture], trained: Sequence[Picture]) -> list[str]:
     alike = sorted(set(near) - set(same))
     found = []
     if same:
-        found.append(f"--trained-on: {len(same):,} of these images were trained on, and are not held out: {listing(same)}")
+        were = "was" if len(same) == 1 else "were"
+        what = f"{len(same):,} of {len(held):,} images {were} trained on, and not held out"
+        found.append(f"--trained-on: {what}: {listing(same)}")
     if alike:
-        found.append(f"--trained-on: {len(alike):,} of these images look like some that were trained on: {listing(alike)}")
+        look = "looks" if len(alike) == 1 else "look"
+        what = f"{len(alike):,} of {len(held):,} images {look} like one that was trained on"
+        found.append(f"--trained-on: {what}: {listing(alike)}")
     return found
 
 
@@ -294,7 +298,9 @@ def held_out_score(
 
     def score(path: Path) -> dict[str, float]:
         known = prediction if prediction in ("epsilon", "v_prediction") else None
-        loaded = load(path, where="score", loras=loras, vae=vae, like=like, device=device, dtype=dtype, prediction=known)
+        loaded = load(
+            path, where="score", loras=loras, vae=vae, like=like, device=device, dtype=dtype, prediction=known
+        )  # fmt: skip
         found = prepare(loaded, examples, fixed).measure()
         del loaded
         let_go()

@@ -44,10 +44,10 @@ _SAYS_LPIPS = (
     "image of the same subject, equally good, is far from it."
 )
 _SAYS_CLIP = (
-    "CLIP similarity is the cosine between CLIP's embeddings of an image and of its prompt. It says whether the subject "
-    "that is named can be seen. It likes plain, centred, typical images and words written into them, counts and places "
-    "things badly, and knows little of a trained style or a new subject, whose word it has never read. Cosines lie "
-    "between 0 and 0.4 or so; those of two CLIP models are not to be compared."
+    "CLIP similarity is the cosine between CLIP's embeddings of an image and of its prompt. It says whether what is "
+    "named can be seen. It likes plain, centred, typical images and words written into them, counts and places things "
+    "badly, and knows little of a trained style or of a new subject, whose word it has never read. Cosines lie between "
+    "0 and 0.4 or so; those of two CLIP models are not to be compared."
 )
 
 

@@ -118,7 +118,8 @@ class Sampling:
             return []
         name, trained = type(made).__name__, int(made.config.get("num_train_timesteps", 1000))
         try:
-            made.set_timesteps(steps)
+            with hushed():
+                made.set_timesteps(steps)
         except (ValueError, IndexError) as e:
             raise UsageError("--steps", f"{name} refuses {steps}: {' '.join(str(e).split())[:200]}") from None
         first = float(made.timesteps.max())
@@ -126,10 +127,8 @@ class Sampling:
             what = f"found {steps}, which {name} would count beyond the model's {trained} times of noise"
             raise UsageError("--steps", what, "fewer do as well")
         if steps >= 10 and first < 0.8 * trained:
-            # Steps of whole numbers from 0 up, as many as there are: 600 of them end at 600.
-            return [
-                f"{steps} steps: {name} spaces them so that they begin at time {first:g} of {trained}, not in noise"
-            ]
+            # Times that are whole multiples of something, from 0 up: 600 of them end at 600.
+            return [f"{steps} steps: {name} begins them at time {first:g} of {trained}, which is not all noise"]
         return []
 
     def _check_negative(self, prompt: Prompt) -> None:

@@ -58,7 +58,7 @@ def _parts(shown: dict[str, Any], folder: Path) -> Iterator[Part]:
     if kind == "facts":
         yield Facts(tuple((name, value) for name, value in shown["rows"]))
     elif kind == "table":
-        rows = tuple(tuple(_number(cell) for cell in row) for row in shown["rows"])
+        rows = tuple(map(tuple, shown["rows"]))
         yield Table(shown["title"], tuple(shown["columns"]), rows, shown["note"], shown.get("decimals", 3))
     elif kind == "pictures":
         yield Images(tuple(ImageFile(folder / name, caption) for name, caption in shown["pictures"]))
@@ -66,8 +66,3 @@ def _parts(shown: dict[str, Any], folder: Path) -> Iterator[Part]:
         yield Drawing((folder / shown["file"]).read_bytes(), shown["words"], shown.get("caption", ""))
     else:
         yield Text(shown["text"])
-
-
-def _number(cell: Any) -> Any:
-    """JSON has no infinity; a table that holds one says so in words."""
-    return float(cell) if cell in ("inf", "-inf", "nan") else cell

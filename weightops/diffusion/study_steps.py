@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightops.diffusion.checkpoints import steps_in
+from weightops.diffusion.evaluation_folder import DOCUMENT, PAGE
 from weightops.diffusion.study_verbs import OWN, Job, Made, Verb
 from weightops.diffusion.study_words import parameters
 from weightops.diffusion.tables import write_whole
@@ -134,8 +135,8 @@ def _trained(verb: Verb, job: Job) -> Made:
     }
     curve = f"{folder.name}/loss.png"
     outputs = {
-        "": name, "lora": name, "log": f"{folder.name}/loss.csv", "curve": curve, "samples": samples,
-        "checkpoints": checkpoints,
+        "": name, "lora": name, "run": folder.name, "log": f"{folder.name}/loss.csv", "curve": curve,
+        "samples": samples, "checkpoints": checkpoints,
     }  # fmt: skip
     rank, alpha = report.settings["rank"], report.settings["alpha"]
     of_class = f", and {report.class_images:,} of the class" if report.class_images else ""
@@ -183,7 +184,7 @@ def _generated(verb: Verb, job: Job) -> Made:
     shown = [facts(("what was done", report.summary), ("LoRAs that went another way", "; ".join(ways)))]
     if report.grid is not None:
         outputs["grid"] = f"{folder}/{report.grid['file']}"
-        shown.append(pictures([[outputs["grid"], f"Columns: {report.grid['over']}."]]))
+        shown.append(pictures([[outputs["grid"], f"A grid over {report.grid['over']}."]]))
     else:
         rows = zip(files.values(), report.images, strict=True)
         shown.append(pictures([[file, f"{row['prompt']} (seed {row['seed']})"] for file, row in rows]))
@@ -202,6 +203,25 @@ def _filmed(verb: Verb, job: Job) -> Made:
     return Made({"": name, "videos": files}, shown, list(report.warnings))
 
 
+def _evaluated(verb: Verb, job: Job) -> Made:
+    """Tables and drawings, with what their numbers can and cannot say."""
+    name = "evaluation"
+    report = verb.call(job, output=job.work / name)
+    shown: list[dict[str, Any]] = [facts(("what was done", report.summary))]
+    for finding in report.findings:
+        shown.append(facts((finding.part, finding.says)))
+        shown += [{"kind": "table", **table.to_dict(), "decimals": table.decimals} for table in finding.tables.values()]
+        shown += [
+            {"kind": "drawing", "file": f"{name}/{stem}.png", "words": drawing.words, "caption": drawing.caption}
+            for stem, drawing in finding.drawings.items()
+        ]
+    outputs = {
+        "": name, "document": f"{name}/{DOCUMENT}", "page": f"{name}/{PAGE}",
+        "tables": {stem: f"{name}/{stem}.csv" for stem in report.tables},
+    }  # fmt: skip
+    return Made(outputs, shown, list(report.warnings))
+
+
 def _page(verb: Verb, job: Job) -> Made:
     raise AssertionError(f"{verb.name} shows the other steps: the study itself writes it ({job.step})")
 
@@ -212,7 +232,7 @@ _GRID = {**OWN, "grid": "each point is a step", "score": "it is for programs", "
 _FUSE = {**OWN, "undo": "it is a second file", "embeddings": "it is a second folder"}
 _NO_FILE = {**OWN, "plan": "it makes no file", "interference_only": "it makes no file", "folder": OWN["output"]}
 _OF_TRAINING = {**OWN, "resume": "a training that was stopped goes on by itself", "cache": "the study has one"}
-_OF_TRAINED = ("lora", "checkpoints", "log", "curve", "samples")
+_OF_TRAINED = ("lora", "run", "checkpoints", "log", "curve", "samples")
 
 VERBS: Mapping[str, Verb] = {
     verb.name: verb
@@ -239,6 +259,10 @@ VERBS: Mapping[str, Verb] = {
         Verb(
             "generate video", "weightops.diffusion.video", "generate_video", _filmed, fields=("videos",),
             several=("videos",), loads=True,
+        ),
+        Verb(
+            "evaluate", "weightops.diffusion.evaluate", "evaluate", _evaluated,
+            fields=("document", "page", "tables"), several=("tables",), loads=True,
         ),
         Verb("page", "weightops.diffusion.study_page", "page", _page),
     )

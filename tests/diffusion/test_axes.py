@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import save
 
-from weightops.diffusion.axes import Shots, parse_values, plan_shots, stem_of, training_steps
+from weightops.diffusion.axes import Shots, lora_name, parse_values, plan_shots, stem_of, training_steps
 from weightops.diffusion.prompts import Prompt
 from weightops.errors import UsageError
 
@@ -175,6 +175,16 @@ def test_names_lose_the_suffix_of_their_kind() -> None:
         "sd-1.5/": "sd-1.5", "a@b.safetensors": "a@b", "r.yaml": "r", ".safetensors": ".safetensors",
     }  # fmt: skip
     assert {label: stem_of(label) for label in said} == said
+
+
+def test_loras_that_are_called_as_all_are_have_the_names_of_their_folders() -> None:
+    said = {
+        "x/style.safetensors": "style", "x/cat-train/checkpoints/step-000100/lora.safetensors": "cat-step-000100",
+        "cat-train/checkpoints/step-000100/lora": "cat-step-000100",
+        "out/checkpoint-500/pytorch_lora_weights.safetensors": "out-checkpoint-500",
+        "hf://owner/name/pytorch_lora_weights.safetensors": "name", "lora.safetensors": "lora",
+    }  # fmt: skip
+    assert {label: lora_name(label) for label in said} == said
 
 
 # ------------------------------------------------------------------------------------------------ training runs

@@ -148,6 +148,17 @@ def test_what_was_tampered_with_or_taken_away_is_made_again(folder: Path) -> Non
     assert torch.equal(tensor(folder / "two/other/other.safetensors"), torch.full((4, 4), 0.1))
 
 
+def test_what_a_desktop_leaves_behind_runs_nothing_again(folder: Path) -> None:
+    study("two.yaml")
+    (folder / "two/half/.DS_Store").write_text("x")
+    (folder / "two/half/notes.txt").write_text("mine")
+    assert run_of(study("two.yaml")) == []
+    hashes = Hashes(folder / "hashes.json")
+    before = hashes.of(folder / "two/half")
+    (folder / "two/half/Thumbs.db").write_text("x")
+    assert hashes.of(folder / "two/half") == before
+
+
 def test_from_runs_a_step_and_all_below_it(folder: Path) -> None:
     study("two.yaml")
     assert run_of(study("two.yaml", start="other")) == ["other", "look", "page"]
@@ -199,7 +210,7 @@ def test_a_crash_between_a_step_and_its_record_is_mended(folder: Path) -> None:
     study("two.yaml")
     record = folder / "two/.study/records/half.json"
     before = json.loads(record.read_bytes())
-    record.write_text(json.dumps({**before, "made_of": {}, "outputs": {}, "content": ""}))
+    record.write_text(json.dumps({**before, "made_of": {}, "outputs": {}}))
     again = study("two.yaml")
     assert run_of(again) == ["half"]
     assert reasons(again)["half"] == "it was not finished"
@@ -217,9 +228,21 @@ def test_strange_files_are_never_replaced(folder: Path) -> None:
     (folder / "two/half").mkdir(parents=True)
     (folder / "two/half/mine.txt").write_text("mine")
     for force in (False, True):
-        with pytest.raises(OutputError, match="two/half: exists, and is not of this study"):
+        with pytest.raises(OutputError, match=r"two/half: holds what this study did not make: 'mine\.txt'"):
             study("two.yaml", force=force)
     assert [path.name for path in (folder / "two/half").iterdir()] == ["mine.txt"]
+    (folder / "two/half/mine.txt").unlink()
+    study("two.yaml")
+    (folder / "two/half/notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"two/half: holds what this study did not make: 'notes\.txt'"):
+        study("two.yaml", force=True)
+    assert (folder / "two/half/notes.txt").read_text() == "mine"
+    assert (folder / "two/half/half.safetensors").is_file()
+    (folder / "two/other").rename(folder / "away")
+    (folder / "two/other").write_text("mine")
+    (folder / "two/half/notes.txt").unlink()
+    with pytest.raises(OutputError, match="two/other: is no folder"):
+        study("two.yaml")
     (folder / "file").write_text("")
     with pytest.raises(UsageError, match="file: is a file, expected the study's folder"):
         study("two.yaml", output="file")
@@ -294,8 +317,14 @@ def test_what_was_not_touched_is_not_read_again(tmp_path: Path, monkeypatch: pyt
         raise AssertionError("it is read again")
 
     again = Hashes(tmp_path / "hashes.json")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/f").write_bytes(b"two")
+    within = again.within(tmp_path / "d")
+    (tmp_path / "d").rename(tmp_path / "e")
+    again.moved(tmp_path / "d", tmp_path / "e")
     monkeypatch.setattr(Path, "open", read)
     assert again.of(file) == first
+    assert again.within(tmp_path / "e") == within
 
 
 def test_a_damaged_index_is_no_more_than_forgotten(folder: Path) -> None:
@@ -326,16 +355,16 @@ steps:
   one:
     merge: {models: [$a], alpha: 1}
   two:
-    merge: {models: ["$one:0.5", "$one.checkpoints[20]", $one.checkpoints], method: $$5, drop: vae}
+    merge: {models: [$one:0.5, $one.checkpoints.20, $one.checkpoints], method: $$5, drop: vae}
 """
     (folder / "refer.yaml").write_text(text)
     study("refer.yaml")
     assert seen[1]["models"] == [("refer/one/x", 0.5), "refer/one/y", "refer/one/x", "refer/one/y"]
     assert (seen[1]["method"], seen[1]["drop"]) == ("$5", ["vae"])
-    (folder / "refer.yaml").write_text(text.replace("[20]", "[30]"))
+    (folder / "refer.yaml").write_text(text.replace(".20", ".30"))
     with pytest.raises(UsageError) as refused:
         study("refer.yaml")
-    assert str(refused.value) == "refer.yaml, line 6: $one.checkpoints[30]: the step 'one' made no '30'"
+    assert str(refused.value) == "refer.yaml, line 6: $one.checkpoints.30: the step 'one' made no '30'"
     assert refused.value.hint == "there are 10, 20"
 
 
@@ -350,9 +379,10 @@ steps:
          "a step may refer to those above it: move it up"),
         ("[$b, $a]", "[$b, $other]", "line 14: $other refers to the step in which it stands", None),
         ("[$a, $half]", "[$a, $half.lora]", "line 12: $half.lora: merge makes no 'lora'", "did you mean '$half'?"),
-        ("[$a, $half]", "[$a, '$half[3]']", "line 12: $half[3]: it is one thing", "say $half"),
+        ("[$a, $half]", "[$a, $half.3]", "line 12: found '$half.3', expected $name, $name.thing or $name.thing.one",
+         "a text that begins with $ is written with two: $$"),
         ("[$a, $half]", "[$a.lora, $half]", "line 12: $a.lora: an input is one thing", "say $a"),
-        ("[$a, $half]", "[$a, $ half]", "line 12: found '$ half', expected $name, $name.thing or $name.thing[one]",
+        ("[$a, $half]", "[$a, $ half]", "line 12: found '$ half', expected $name, $name.thing or $name.thing.one",
          "a text that begins with $ is written with two: $$"),
         ("alpha: 0.5", "alpha: much", "line 9: alpha: found 'much', expected a number", None),
         ("alpha: 0.5", "strict: 1", "line 9: strict: found 1, expected true or false", None),
@@ -422,7 +452,7 @@ def test_a_wrong_word_of_a_training_is_found_before_the_hours_above_it(folder: P
         ("rank: 2", "instance_prompt: a sks", "--instance-prompt: says something only in train dreambooth"),
         ("page: {}", "generate: {model: $base, prompt: x, scheduler: eular}", "--scheduler: "),
         ("page: {}", "generate: {model: $base, prompt: x, size: big}", "--size: found 'big'"),
-        ("page: {}", "generate: {model: $base, prompt: x, grid_over: rank}", "--grid-over: found 'rank', expected lora"),
+        ("page: {}", "generate: {model: $base, prompt: x, grid_over: rank}", "--grid-over: found 'rank', expected "),
     ):  # fmt: skip
         (folder / "x.yaml").write_text(TINY.replace(was, now))
         with pytest.raises(UsageError) as refused:
@@ -481,25 +511,42 @@ TINY = """\
 inputs:
   base: {path: nowhere, tiny: sd15 seed 1}
   images: {path: nowhere either, tiny: sprites 4 outlined uncaptioned}
+  real: {path: nowhere as well, tiny: sprites 1 outlined seed 7}
   blip: {tiny: blip}
 steps:
   captioned:
     caption: {folder: $images, query: a sprite}
-    tiny: {model: $blip, min_side: 32}
+    tiny: {model: $blip, min_side: 32, max_tokens: 5}
   style:
     train text-to-image: {folder: $captioned, model: $base, steps: 600, rank: 2}
-    tiny: {steps: 6, resolution: 64, batch: 2, checkpoint_every: 2}
+    tiny: {steps: 4, resolution: 64, batch: 2, checkpoint_every: 2}
+  grid:
+    generate: {model: $base, loras: [$style], grid_over: step, prompt: "a sprite, red"}
+    tiny: {steps: 1, scheduler: ddim, size: 64}
+  measured:
+    evaluate: {folder: $real, generated: [$grid], model: $base, loras: [$style.run], pairs: 16}
+    tiny: {pairs: 1, resolution: 64}
   page: {page: {}}
 """
 
 
-def test_a_tiny_study_captions_trains_and_goes_on_within_a_training(folder: Path) -> None:
+def test_a_tiny_study_captions_trains_draws_measures_and_goes_on_within_a_training(folder: Path) -> None:
     (folder / "train.yaml").write_text(TINY)
     whole = study("train.yaml", tiny=True, output="whole")
-    assert run_of(whole) == ["captioned", "style", "page"]
+    assert run_of(whole) == ["captioned", "style", "grid", "measured", "page"]
     assert not list((folder / "whole/inputs/images").rglob("metadata.csv")), "an input was changed"
     captions = (folder / "whole/captioned/captioned/metadata.csv").read_text()
     assert captions.count("a sprite") == 4
+    page = (folder / "whole/page/index.html").read_text(encoding="utf-8")
+    for said in ("This is a run with --tiny", "made: sprites 4 outlined uncaptioned", "a sprite, ", "loras: [$style]",
+                 "LoRA</dt><dd>128 modules, rank 2, alpha 2", "A grid over step.", "PSNR of generated against real",
+                 "Held-out denoising loss", "they are no measure of quality"):  # fmt: skip
+        assert said in page, said
+    names = sorted(path.name for path in (folder / "whole/style/style-train/checkpoints").iterdir())
+    assert names == ["step-000002", "step-000004"]
+    columns = json.loads((folder / "whole/grid/images/images.json").read_bytes())["grid"]["columns"]
+    assert columns == ["step 0 (base)", "step 2", "step 4"]
+    assert run_of(study("train.yaml", tiny=True, output="whole")) == []
 
     def stops(what: str, done: int, _total: int, _value: float | None) -> None:
         if what == "training" and done == 3:
@@ -508,18 +555,16 @@ def test_a_tiny_study_captions_trains_and_goes_on_within_a_training(folder: Path
     with pytest.raises(Interrupted, match="interrupted in the step 'style'"):
         study("train.yaml", tiny=True, output="again", on_progress=stops)
     assert not (folder / "again/style").exists()
+    (folder / "train.yaml").write_text(TINY[: TINY.index("  grid:")])
     seen: list[int] = []
 
     def counts(what: str, done: int, _total: int, _value: float | None) -> None:
         seen.extend([done] if what == "training" else [])
 
-    again = study("train.yaml", tiny=True, output="again", on_progress=counts)
-    assert run_of(again) == ["style", "page"]
-    assert min(seen) == 3
-    for name in ("style/style.safetensors", "page/index.html"):
-        assert (folder / "again" / name).read_bytes() == (folder / "whole" / name).read_bytes()
-    names = sorted(path.name for path in (folder / "again/style/style-train/checkpoints").iterdir())
-    assert {"step-000002", "step-000004", "step-000006"} <= set(names)
+    assert run_of(study("train.yaml", tiny=True, output="again", on_progress=counts)) == ["style"]
+    assert seen == [3, 4]
+    for name in ("style.safetensors", "style-train/loss.csv", "style-train/loss.png"):
+        assert (folder / "again/style" / name).read_bytes() == (folder / "whole/style" / name).read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------ the page

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -15,9 +14,12 @@ from conftest import save
 sys.path.insert(0, str(Path(__file__).parents[1] / "naming"))
 from tagged import from_canonical
 
+from weightops.diffusion import tiny
 from weightops.naming.keymap import ARCHITECTURES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 with warnings.catch_warnings():
@@ -28,30 +30,11 @@ with warnings.catch_warnings():
     _EAGER = (transformers.CLIPTextModel, diffusers.StableDiffusionXLPipeline, diffusers.StableDiffusionPipeline)
 torch.set_num_threads(1)
 
-# Widths are such that each configuration is the one that follows from shapes: heads of 64, groups of 32.
-_UNET = {"layers_per_block": 2, "sample_size": 8, "norm_num_groups": 32}
-_SD = {
-    **_UNET, "block_out_channels": (32, 32, 64, 64),
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-}  # fmt: skip
-_XL = {
-    **_UNET, "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "use_linear_projection": True,
-}  # fmt: skip
-UNETS: dict[str, dict[str, Any]] = {
-    "sd15": {**_SD, "attention_head_dim": 8, "cross_attention_dim": 64},
-    "sd2": {
-        **_SD, "block_out_channels": (64, 64, 64, 128), "attention_head_dim": (1, 1, 1, 2), "cross_attention_dim": 64,
-        "use_linear_projection": True, "upcast_attention": True,
-    },
-    "sdxl": {
-        **_XL, "block_out_channels": (64, 64, 128), "attention_head_dim": (1, 1, 2), "cross_attention_dim": 192,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 1, 2), "projection_class_embeddings_input_dim": 128 + 6 * 256,
-    },
+UNETS: dict[str, Mapping[str, Any]] = {
+    **tiny.UNETS,
     "sdxl_refiner": {
-        **_XL, "block_out_channels": (64, 64, 64, 64), "attention_head_dim": (1, 1, 1, 1), "cross_attention_dim": 128,
+        **tiny.UNETS["sdxl"], "block_out_channels": (64, 64, 64, 64), "attention_head_dim": (1, 1, 1, 1),
+        "cross_attention_dim": 128,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "transformer_layers_per_block": 1, "projection_class_embeddings_input_dim": 128 + 5 * 256,
@@ -66,17 +49,6 @@ PIPELINES = {
 }
 
 
-def tokenizer(folder: Path) -> Any:
-    """CLIP's tokenizer with the 256 bytes alone, each within a word and at its end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: n for n, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=77)
-
-
 def _text(width: int, act: str, *, projected: bool = False, layers: int = 2) -> Any:
     config = transformers.CLIPTextConfig(
         hidden_size=width, intermediate_size=width * 2, num_hidden_layers=layers, num_attention_heads=width // 64,
@@ -88,7 +60,8 @@ def _text(width: int, act: str, *, projected: bool = False, layers: int = 2) -> 
 
 
 def pipeline(name: str, folder: Path, **unet: Any) -> Any:
-    """A pipeline of random weights, its tokenizer's files in `folder`; unet: what is different in its configuration."""
+    """A pipeline of random weights, and `folder` for what is made of it; unet: what its configuration has otherwise."""
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
         block_out_channels=(32, 32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 4, sample_size=64,
@@ -100,7 +73,7 @@ def pipeline(name: str, folder: Path, **unet: Any) -> Any:
         "vae": vae.eval(),
         "scheduler": scheduler(name),
     }
-    words = tokenizer(folder / "words")
+    words = tiny.letters()
     if name in ("sd15", "sd2"):
         encoder = _text(64, "quick_gelu" if name == "sd15" else "gelu")
         parts |= {"text_encoder": encoder, "tokenizer": words, "safety_checker": None, "feature_extractor": None}

@@ -27,11 +27,11 @@ _BY_IMAGE = "-images"  # tables of every image have such names, and are long
 @click.command("evaluate", short_help="What a LoRA has learnt, in numbers.")
 @click.argument("folder", metavar="[DIR]", required=False)
 @click.option("--generated", metavar="FOLDER", multiple=True,
-              help="Images to compare with those of DIR; of a grid each column. May be said several times.")  # fmt: skip
+              help="Images to compare with those of DIR; of a grid each column. May be repeated.")  # fmt: skip
 @click.option("--model", metavar="MODEL",
               help="A file, a diffusers folder, hf://owner/name, or a recipe (.yaml), merged in memory.")  # fmt: skip
 @click.option("--lora", "loras", metavar="FILE[:STRENGTH]", multiple=True,
-              help="Measured alone; the folder of a training: each of its checkpoints. May be said several times.")  # fmt: skip
+              help="Measured alone; of a training's folder each checkpoint. May be repeated.")  # fmt: skip
 @click.option("--vae", metavar="FILE", help="Another VAE in place of the model's own.")
 @click.option("--like", metavar="FOLDER", help="Take configs and tokenizers of this diffusers folder.")
 @click.option("--pairs", type=int, metavar="N", default=8, show_default=True,
@@ -43,7 +43,7 @@ _BY_IMAGE = "-images"  # tables of every image have such names, and are long
 @click.option("--prediction", type=click.Choice(KINDS), help="What the model predicts.  [default: what it says]")
 @click.option("--drift", type=int, metavar="N", help="Make N images of each prompt, with and without each LoRA.")
 @click.option("--drift-prompts", metavar="FILE",
-              help="Prompts that have nothing to do with the LoRA, as generate reads them.  [default: eight plain ones]")  # fmt: skip
+              help="Prompts unrelated to the LoRA, as generate reads them.  [default: eight of ours]")  # fmt: skip
 @click.option("--prompt", metavar="TEXT", multiple=True, help="Of the LoRA's subject, to set drift beside.")
 @click.option("--steps", type=int, metavar="N", help="Of sampling, for drift.  [default: the pipeline's]")
 @click.option("--guidance", type=float, metavar="X", help="Of sampling, for drift.  [default: the pipeline's]")

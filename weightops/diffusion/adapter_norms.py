@@ -17,7 +17,9 @@ from weightops.diffusion.tables import Table
 from weightops.engine.run import ignore
 from weightops.errors import MismatchError, UsageError, listing, printable
 from weightops.files.checkpoint import open_checkpoint
+from weightops.files.held import Held
 from weightops.ops.blocks import blocks
+from weightops.ops.fuse import fuse
 from weightops.ops.spectra import spectra_of
 
 if TYPE_CHECKING:
@@ -79,6 +81,9 @@ def norms_of(one: Compared, base: Named | None, architecture: str | None, warnin
     What has no ΔW of a rank is named in `warnings`. Raises MismatchError for a LoRA of another model, FormatError.
     """
     found = Norms()
+    if base is not None:
+        # Says what is wrong with a LoRA of another model, which one module of it alone cannot.
+        fuse(base, (one.file, one.strength), output=Held(one.label), dry_run=True)
     try:
         with open_checkpoint(one.file) as opened:
             # A model that is held in memory is opened as a file is.

@@ -126,7 +126,7 @@ def _take_off(loaded: Loaded) -> None:
         with hushed():
             loaded.pipe.unload_lora_weights()
     if loaded.touched:
-        _write(loaded, diffusers_weights(loaded.source, loaded.label, loaded.like, None, {}, tokenizer=False))
+        _write(loaded, diffusers_weights(loaded.source, loaded.label, loaded.like, None, {}, [], tokenizer=False))
     loaded.touched, loaded.loras = False, ()
 
 
@@ -134,15 +134,19 @@ def _fuse(loaded: Loaded, loras: Sequence[Asked]) -> None:
     """Fuse into the pipeline's own weights, as they are in what it was made of."""
     if not loras:
         return
+    import torch
+
     words = {f"torch.{name}": word for word, name in DTYPES.items()}
+    # What some classes keep in float32 is not rounded on its way.
+    kept = {p.dtype for network in networks(loaded.pipe).values() for p in network.parameters()} - {loaded.dtype}
     fused = Held(loaded.label)
-    fuse(loaded.source, *loras, output=fused, dtype=words[str(loaded.dtype)])
+    fuse(loaded.source, *loras, output=fused, dtype="fp32" if torch.float32 in kept else words[str(loaded.dtype)])
     loaded.touched = True
-    _write(loaded, diffusers_weights(fused, loaded.label, loaded.like, None, {}, tokenizer=False))
+    _write(loaded, diffusers_weights(fused, loaded.label, loaded.like, None, {}, [], tokenizer=False))
 
 
 def _write(loaded: Loaded, held: Held) -> None:
     found = networks(loaded.pipe)
-    for component, state in states(held).items():
+    for component, state in states(held, loaded.part).items():
         if component in _CHANGED and component in found:
             put(found[component], state, loaded.label)

@@ -18,7 +18,7 @@ from weightops.errors import FormatError, UsageError, listing, quote
 from weightops.files.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from weightops.diffusion.prompts import Prompt
 
@@ -33,6 +33,7 @@ _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".yaml", ".yml", ".
 # kohya's name-step00000500 and name-000010, diffusers' checkpoint-500.
 _NUMBER = re.compile(r"(?:^|[-_.]|step|checkpoint)([0-9]{1,9})$", re.IGNORECASE)
 _OF_STEPS = re.compile(r"step|checkpoint", re.IGNORECASE)
+_GENERIC = frozenset({"lora", "pytorch_lora_weights", "adapter_model"})
 # How the file of a LoRA is called in a checkpoint's folder.
 _LORAS = ("lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
@@ -168,7 +169,7 @@ _MORE = {
 def _of_loras(loras: Sequence[Lora]) -> list[_Column]:
     if not loras:
         raise UsageError("--grid-over", "lora needs one or more --lora FILE")
-    labels = _distinct([file for file, _ in loras])
+    labels = _distinct([file for file, _ in loras], lora_name)
     made = [_Column("no LoRA", loras=())]
     for (file, strength), label in zip(loras, labels, strict=True):
         made.append(_Column(label if strength == 1 else f"{label}:{strength:g}", loras=((file, strength),)))
@@ -296,11 +297,25 @@ def names_of(labels: Sequence[str]) -> Mapping[str, str]:
     twice = next((label for n, label in enumerate(labels) if label in labels[:n]), None)
     if twice is not None:
         raise UsageError("--model", f"found {quote(twice)} twice")
-    return dict(zip(labels, _distinct(labels), strict=True))
+    return dict(zip(labels, _distinct(labels, stem_of), strict=True))
 
 
-def _distinct(labels: Sequence[str]) -> list[str]:
-    names = [stem_of(label) for label in labels]
+def lora_name(label: str) -> str:
+    """A LoRA's name; where its file is called what all such files are called, its folder's, and the training run's."""
+    stem = stem_of(label)
+    if stem not in _GENERIC:
+        return stem
+    folders = [part for part in label.removeprefix("hf://").replace("\\", "/").split("/")[:-1] if part not in ("", ".")]
+    if not folders:
+        return stem
+    if not (_NUMBER.search(folders[-1]) and _OF_STEPS.search(folders[-1])):
+        return folders[-1]
+    run = next((part for part in reversed(folders[:-1]) if part != "checkpoints"), "")
+    return f"{run.removesuffix('-train')}-{folders[-1]}" if run else folders[-1]
+
+
+def _distinct(labels: Sequence[str], name_of: Callable[[str], str]) -> list[str]:
+    names = [name_of(label) for label in labels]
     return [
         f"{stem_of(str(Path(label).parent))}/{name}" if names.count(name) > 1 and "/" in label else name
         for label, name in zip(labels, names, strict=True)

@@ -162,7 +162,8 @@ def load(place: Place, asked: Asked) -> Captioner:
     processors = getattr(transformers, "BlipImageProcessorPil", None) or transformers.BlipImageProcessor
     try:
         processor = processors.from_pretrained(place.source, **given)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place.source, **given)
+        # What a stranger's folder holds is not run, nor is anybody asked whether it may be.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place.source, trust_remote_code=False, **given)
         loaded: Any = transformers.BlipForConditionalGeneration.from_pretrained(
             place.source, dtype=types[asked.dtype], output_loading_info=True, **given
         )

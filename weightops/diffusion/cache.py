@@ -100,7 +100,7 @@ def hash_of_text(text: str) -> str:
 
 
 def hash_of_network(network: Any) -> str:
-    """Of a network's weights, dtypes and configuration."""
+    """Of a network's weights, dtypes and configuration, and of the strengths of what is worn beside them."""
     import xxhash
 
     said = network.config if isinstance(network.config, dict) else network.config.to_dict()
@@ -109,4 +109,7 @@ def hash_of_network(network: Any) -> str:
     for name, tensor in sorted(network.state_dict().items()):
         hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         hashed.update(_bytes_of(tensor))
+    for name, module in network.named_modules():
+        if isinstance(scaling := getattr(module, "scaling", None), dict):
+            hashed.update(f"{name} {sorted(scaling.items())} {module.active_adapters}".encode())
     return hashed.hexdigest()

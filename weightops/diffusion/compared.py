@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightops.diffusion.axes import stem_of, training_steps
-from weightops.errors import UsageError, WeightopsError, quote
+from weightops.errors import MismatchError, UsageError, WeightopsError, quote
 from weightops.files.checkpoint import open_checkpoint
 from weightops.ops.adapter_modules import read_own
 from weightops.ops.fuse import parse
@@ -77,14 +77,14 @@ def _run(file: str) -> list[tuple[str, int | None, str]] | None:
         return None
     try:
         return training_steps(file)
-    except UsageError:
+    except UsageError as absent:
         try:
             _steps(file)
+        except MismatchError:
+            raise  # it holds tensors, of something else
         except WeightopsError:
-            pass
-        else:
-            return None
-        raise
+            raise absent from None
+        return None
 
 
 def _steps(file: str) -> int | None:

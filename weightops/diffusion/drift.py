@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from weightops.diffusion.adapters import wear
-from weightops.diffusion.compared import BASE, curves
+from weightops.diffusion.compared import curves
 from weightops.diffusion.figures import curve
 from weightops.diffusion.findings import Finding
 from weightops.diffusion.image_pairs import PSNR_SSIM, SMALLEST
@@ -107,32 +106,38 @@ class _Apart:
     rms: float
 
 
-def drift(loaded: Loaded, compared: Sequence[Compared], shown: Sequence[Shown], tick: Tick) -> Finding:
-    """The model's images beside those with each LoRA. tick: of images. Leaves the model without a LoRA."""
-    faults: list[str] = []
-    wear(loaded, ())
-    without = _made(loaded, shown, BASE, faults, tick)
-    small = {BASE: [_thumbnail(image) for image in without]}
-    found: dict[str, list[_Apart]] = {}
-    for one in compared:
-        wear(loaded, [(one.file, one.strength)])
-        made = _made(loaded, shown, one.label, faults, tick)
-        found[one.label] = [_apart(a, b) for a, b in zip(without, made, strict=True)]
-        small[one.label] = [_thumbnail(image) for image in made]
-    wear(loaded, ())
-    counts = [sum(s.unrelated for s in shown), sum(not s.unrelated for s in shown)]
-    note = f"Means of {counts[0]:,} pair{'s'[: counts[0] != 1]} of images of unrelated prompts"
-    note += f" and {counts[1]:,} of the subject's." if counts[1] else "."
-    tables = {
-        "drift": _table(found, shown, note),
-        "drift-images": _by_image(found, shown),
-    }
-    drawings = _drawn(compared, found, shown) | {"drift-images": _pictures(small, shown)}
-    facts = {
-        "unrelated": [_fact(s) for s in shown if s.unrelated], "subject": [_fact(s) for s in shown if not s.unrelated],
-        "steps": _sampling(loaded).steps(shown[0].prompt),
-    }  # fmt: skip
-    return Finding(DRIFT, _SAYS, tables, drawings, facts, tuple(faults))
+class Drift:
+    """The model's images beside those with each LoRA. tick: of images."""
+
+    def __init__(self, loaded: Loaded, compared: Sequence[Compared], shown: Sequence[Shown], tick: Tick) -> None:
+        self._loaded, self._compared, self._shown, self._tick = loaded, compared, shown, tick
+        self._without: list[np.ndarray] = []
+        self._found: dict[str, list[_Apart]] = {}
+        self._small: dict[str, list[Image]] = {}
+        self._faults: list[str] = []
+
+    def look(self, label: str) -> None:
+        """Make the images with the model as it is now: the first time, without a LoRA."""
+        made = _made(self._loaded, self._shown, label, self._faults, self._tick)
+        self._small[label] = [_thumbnail(image) for image in made]
+        if not self._without:
+            self._without = made
+        else:
+            self._found[label] = [_apart(a, b) for a, b in zip(self._without, made, strict=True)]
+
+    def finding(self) -> Finding:
+        shown, found = self._shown, self._found
+        counts = [sum(s.unrelated for s in shown), sum(not s.unrelated for s in shown)]
+        note = f"Means of {counts[0]:,} pair{'s'[: counts[0] != 1]} of images of unrelated prompts"
+        note += f" and {counts[1]:,} of the subject's." if counts[1] else "."
+        tables = {"drift": _table(found, shown, note), "drift-images": _by_image(found, shown)}
+        drawings = _drawn(self._compared, found, shown) | {"drift-images": _pictures(self._small, shown)}
+        facts = {
+            "unrelated": [_fact(s) for s in shown if s.unrelated],
+            "subject": [_fact(s) for s in shown if not s.unrelated],
+            "steps": _sampling(self._loaded).steps(shown[0].prompt),
+        }
+        return Finding(DRIFT, _SAYS, tables, drawings, facts, tuple(self._faults))
 
 
 def _made(loaded: Loaded, shown: Sequence[Shown], label: str, faults: list[str], tick: Tick) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ from weightops.diffusion.axes import stem_of
 from weightops.diffusion.evaluation_folder import check_place, document_of, files_of, said, write_folder
 from weightops.diffusion.evaluation_inputs import Words, check_words, inputs_of, look, name_of
 from weightops.diffusion.extras import need
+from weightops.diffusion.findings import with_each
 from weightops.diffusion.held_out import held_out_score
 from weightops.diffusion.image_records import digest_of, versions_of
 from weightops.diffusion.models import load
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightops.diffusion.evaluation_inputs import Asked
-    from weightops.diffusion.findings import Finding, LeftOut
+    from weightops.diffusion.findings import Finding, LeftOut, Measure
     from weightops.diffusion.models import Loaded, LoraName
     from weightops.diffusion.tables import Table
 
@@ -210,13 +211,17 @@ class _Run:
                 self._add(pairing.perceptual_distance(asked.pairs, asked.generated, self.tick, device=words.device))
         if words.clip is not None:
             self._add(pairing.prompt_similarity(asked.generated, words.clip, self.tick, device=words.device))
+        measures: list[Measure] = []
         if asked.examples is not None and loaded is not None:
             self.report.warnings += holding.trained_on(asked.examples, asked.compared, words.trained_on)
-            self._add(holding.held_out(loaded, asked.examples, asked.compared, words.fixed, self.tick))
-        if norms is not None:
-            self._add(norms)
+            measures.append(
+                holding.HeldOutLoss(loaded, asked.examples, asked.compared, words.fixed, self.tick)
+            )  # fmt: skip
         if asked.shown and loaded is not None:
-            self._add(drifting.drift(loaded, asked.compared, asked.shown, self.tick))
+            measures.append(drifting.Drift(loaded, asked.compared, asked.shown, self.tick))
+        found = with_each(loaded, asked.compared, measures) if loaded is not None and measures else []
+        for finding in (*found[:1], *([] if norms is None else [norms]), *found[1:]):
+            self._add(finding)
         if loaded is not None:
             self.report.warnings += [text for text in loaded.warnings if text not in self.report.warnings]
         self._hash(loaded)

@@ -27,7 +27,11 @@ def need(where: str, *packages: str, extra: str = "diffusion") -> None:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """diffusers and transformers log and draw bars of their own: errors alone pass, and what raises still raises."""
+    """diffusers and transformers log and draw bars of their own: nothing of it passes, and what raises still raises.
+
+    Not even errors: they log some, and then go on, for one where weights are in another form than the usual.
+    """
+    import logging
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -38,7 +42,7 @@ def hushed() -> Iterator[None]:
         ]  # fmt: skip
         before = [each.get_verbosity() for each in loggings]
         for each in loggings:
-            each.set_verbosity_error()
+            each.set_verbosity(logging.CRITICAL)
             each.disable_progress_bar()
         try:
             yield

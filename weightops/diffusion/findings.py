@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from weightops.diffusion.adapters import wear
+from weightops.diffusion.compared import BASE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from weightops.diffusion.compared import Compared
+    from weightops.diffusion.models import Loaded
     from weightops.diffusion.page import Drawing
     from weightops.diffusion.tables import Table
 
@@ -37,6 +42,30 @@ class LeftOut:
 
     part: str
     needs: str
+
+
+class Measure(Protocol):
+    """What is measured of the model alone, and again with each LoRA on it."""
+
+    def look(self, label: str) -> None:
+        """Measure the model as it is now, under this label: first BASE, without a LoRA."""
+
+    def finding(self) -> Finding: ...
+
+
+def with_each(loaded: Loaded, compared: Sequence[Compared], measures: Sequence[Measure]) -> list[Finding]:
+    """What each measure finds: a LoRA is put on once for all of them. Leaves the model without one."""
+    wear(loaded, ())
+    for measure in measures:
+        measure.look(BASE)
+    try:
+        for one in compared:
+            wear(loaded, [(one.file, one.strength)])
+            for measure in measures:
+                measure.look(one.label)
+    finally:
+        wear(loaded, ())
+    return [measure.finding() for measure in measures]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

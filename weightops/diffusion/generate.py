@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
-from weightops.diffusion.axes import Shots, names_of, plan_shots, stem_of
+from weightops.diffusion.axes import Shots, lora_name, names_of, plan_shots, stem_of
 from weightops.diffusion.extras import need
 from weightops.diffusion.grids import Grid, draw_grid, face_for, unknown_letters
 from weightops.diffusion.image_folder import (
@@ -207,10 +207,10 @@ def generate(
         how = str(e).partition(":")[0] if isinstance(e, Interrupted) else "interrupted"
         raise Interrupted("", f"{how}: {folder.left()}") from None
     except WeightopsError as e:
-        said = folder.left()
+        left = folder.left()
         if folder.single or not folder.rows:
             raise
-        raise type(e)(e.where, e.what, f"{e.hint}; {said}" if e.hint else said) from None
+        raise type(e)(e.where, e.what, f"{e.hint}; {left}" if e.hint else left) from None
     except Exception:
         folder.left()
         raise
@@ -264,7 +264,7 @@ def _planned(shots: Shots, names: Sequence[str]) -> list[dict[str, Any]]:
             "file": name, "prompt": shot.prompt.prompt, "negative": shot.prompt.negative, "seed": shot.seed,
             "steps": shot.prompt.steps, "guidance": shot.prompt.guidance, "size": shot.prompt.size,
             "model": stem_of(shot.model),
-            "loras": [{"name": stem_of(file), "strength": strength} for file, strength in shot.loras],
+            "loras": [{"name": lora_name(file), "strength": strength} for file, strength in shot.loras],
             **place_of(shots, shot),
         }
         for name, shot in zip(names, shots.shots, strict=True)
@@ -330,9 +330,11 @@ def _make(shots: Shots, wish: Wish, folder: ImageFolder, report: GenerateReport,
     of_model: dict[str, list[int]] = {}
     for number, shot in enumerate(shots.shots):
         of_model.setdefault(shot.model, []).append(number)
-    for model, numbers in of_model.items():
+    for count, (model, numbers) in enumerate(of_model.items()):
+        if count:
+            gc.collect()  # a pipeline's parts know each other: without this the last model is still there
         _make_with(model, labels[model], numbers, run)
-        _let_go(report)
+        _note_device(report)
     for what, names in run.faults.items():
         report.warnings.append(f"{listing(names)}: {what}")
     report.images = [folder.rows[number] for number in sorted(folder.rows)]
@@ -442,10 +444,9 @@ def _write(number: int, made: Sampled, model: str, batch: int, sampling: Samplin
     folder, wish, shot = run.folder, run.wish, run.folder.shots.shots[number]
     image = Image.fromarray(made.pixels)
     row = row_of(shot, sampling, loaded, model=model, size=image.size)
-    hashes = dict(loaded.hashes)
-    for file, _ in shot.loras:
-        digest = run.digests[file]
-        hashes |= {} if digest is None else {file.rpartition("/")[2]: digest.hash}
+    digests = [(file, run.digests[file]) for file, _ in shot.loras]
+    hashes: list[tuple[str, str | None]] = [*loaded.hashes.items()]
+    hashes += [(file, None if digest is None else digest.hash) for file, digest in digests]
     more: dict[str, Any] = {"architecture": loaded.architecture}
     for word, said in (("batch", batch > 1 and batch), ("offload", wish.offload), ("tiling", wish.tiling)):
         more |= {word: said} if said else {}
@@ -495,7 +496,7 @@ def _note_loras(
                 if entry["path"] == file and digests[file] is not None:
                     entry["hash"] = digests[file].hash  # type: ignore[union-attr]
         row = {
-            "model": model, "file": file, "name": stem_of(file), "strength": strength, "way": worn.way,
+            "model": model, "file": file, "name": lora_name(file), "strength": strength, "way": worn.way,
             "modules": worn.modules, "reason": worn.reason,
         }  # fmt: skip
         if row not in report.loras:
@@ -506,13 +507,13 @@ def _warn(report: GenerateReport, said: Sequence[str]) -> None:
     report.warnings += [text for text in dict.fromkeys(said) if text not in report.warnings]
 
 
-def _let_go(report: GenerateReport) -> None:
-    """Give a model's memory back before the next one is loaded."""
+def _note_device(report: GenerateReport) -> None:
+    """The most memory of a CUDA device that was in use; what is not goes back to it."""
     import torch
 
-    gc.collect()
-    if torch.cuda.is_available():
-        report.peak_device_bytes = max(report.peak_device_bytes or 0, torch.cuda.max_memory_allocated())
+    if report.device.startswith("cuda") and torch.cuda.is_available():
+        found = torch.cuda.max_memory_allocated(report.device)
+        report.peak_device_bytes = max(report.peak_device_bytes or 0, found)
         torch.cuda.empty_cache()
 
 
@@ -530,7 +531,7 @@ def _grid(folder: ImageFolder, loras: Sequence[Lora], report: GenerateReport) ->
     missing = unknown_letters(text, face_for(text))
     if missing:
         report.warnings.append(f"{GRID}: no font at hand has the letters {quote(missing, 60)}: boxes stand for them")
-    hashes = {entry["path"].rpartition("/")[2]: entry["hash"] for entry in report.inputs if entry["hash"]}
+    hashes = [(entry["path"], entry["hash"]) for entry in report.inputs]
     made = {**(grid_of(shots) or {}), "images": [row["file"] for row in report.images]}
     recipe = {"command": "generate", "version": __version__, "inputs": inputs_of(hashes), "grid": made}
     return encode_png(draw_grid(grid), recipe | {"versions": folder.versions})

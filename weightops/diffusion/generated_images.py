@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _STEPS = re.compile(r"(?:step )?(?P<step>[0-9]{1,9})(?: \(base\))?")
 _ENDS_IN_A_NUMBER = re.compile(r"(?P<name>.*?)(?P<step>[0-9]{1,9})")
+_NO_STEPS = re.compile(r"(?:^|[^a-z])(?:v|version|seed|run)[ _.-]*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ def _listed(folder: str, warnings: list[str]) -> dict[str, Any] | None:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document.get("command") != "generate":
             return None
+        if not isinstance(document["images"], list) or not document["images"]:
+            raise TypeError
         for row in document["images"]:
             if not all(isinstance(row[name], str) for name in ("file", "prompt")):
                 raise TypeError
@@ -121,9 +124,9 @@ def _with_steps(rows: list[Generated]) -> list[Generated]:
     """Folders that are called alike but for a number at the end are steps, and stand in their order."""
     found = [_ENDS_IN_A_NUMBER.fullmatch(row.label) for row in rows]
     names = {match["name"] for match in found if match is not None}
-    if len(rows) < 2 or None in found or len(names) != 1 or any(row.step is not None for row in rows):
-        return rows
-    if names & {"seed ", "strength ", "strengths times "}:  # columns of grids over something else
+    if len(rows) < 2 or None in found or len(names) != 1 or len({row.folder for row in rows}) < len(rows):
+        return rows  # several rows of one folder are a grid's, which says what they are
+    if _NO_STEPS.search(names.pop()):
         return rows
     numbered = [replace(row, step=int(match["step"])) for row, match in zip(rows, found, strict=True) if match]
     return sorted(numbered, key=lambda row: row.step or 0)
@@ -138,4 +141,3 @@ def hash_of(pictures: Sequence[Picture]) -> str:
         data = name.encode()
         hashed.update(len(data).to_bytes(8, "little") + data + bytes.fromhex(digest))
     return f"xxh3_128:{hashed.hexdigest()}"
-

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightops.diffusion.adapters import wear
 from weightops.diffusion.compared import BASE, curves
 from weightops.diffusion.dataset import Framing, read_examples
 from weightops.diffusion.encoding import check_framing, encode, encoding_of
@@ -128,43 +127,48 @@ def _framing(loaded: Loaded, fixed: Fixed) -> Framing:
     return Framing(fixed.resolution or (RESOLUTIONS[loaded.architecture],) * 2, center_crop=True)
 
 
-def held_out(
-    loaded: Loaded, examples: Examples, compared: Sequence[Compared], fixed: Fixed, tick: Tick
-) -> Finding:  # fmt: skip
+class HeldOutLoss:
     """The loss of the model alone and with each LoRA, by timesteps. tick: of images encoded, and of pairs measured."""
-    wear(loaded, ())
-    prepared = prepare(loaded, examples, fixed)
-    tick(len(examples.examples))
-    losses = {BASE: prepared.measure()}
-    tick(fixed.pairs * len(examples.examples))
-    for one in compared:
-        wear(loaded, [(one.file, one.strength)])
-        losses[one.label] = prepared.measure()
-        tick(fixed.pairs * len(examples.examples))
-    wear(loaded, ())
-    names = [example.picture.name for example in examples.examples]
-    height, width = prepared.encoded.framing.resolution
-    count = f"{len(names):,} image{'' if len(names) == 1 else 's'}"
-    note = (
-        f"{count} of {width}x{height} pixels, cut about their middles, each at {fixed.pairs:,} timesteps; "
-        f"seed {fixed.seed}; objective: {prepared.objective.kind}. Lower is better."
-    )
-    if len(names) == 1:
-        note += " Of one image there is no standard error."
-    tables = {
-        "held-out": _table(losses, prepared.objective.steps, note),
-        "held-out-images": Table(
-            "Held-out loss by image", ("image", *losses),
-            tuple((name, *(found.examples[n] for found in losses.values())) for n, name in enumerate(names)),
-            "The mean over the timesteps.", 4,
-        ),
-    }  # fmt: skip
-    facts = {
-        "images": len(names), "data": examples.data_hash, "resolution": [height, width], "pairs": fixed.pairs,
-        "seed": fixed.seed, "timesteps": list(losses[BASE].timesteps), "objective": prepared.objective.kind,
-    }  # fmt: skip
-    drawings = _drawn(compared, losses)
-    return Finding(HELD_OUT, _SAYS, tables, drawings, facts, prepared.encoded.warnings)
+
+    def __init__(
+        self, loaded: Loaded, examples: Examples, compared: Sequence[Compared], fixed: Fixed, tick: Tick
+    ) -> None:  # fmt: skip
+        self._examples, self._compared, self._fixed, self._tick = examples, compared, fixed, tick
+        self._prepared = prepare(loaded, examples, fixed)
+        self._losses: dict[str, HeldOut] = {}
+        tick(len(examples.examples))
+
+    def look(self, label: str) -> None:
+        """Measure the model as it is now."""
+        self._losses[label] = self._prepared.measure()
+        self._tick(self._fixed.pairs * len(self._examples.examples))
+
+    def finding(self) -> Finding:
+        prepared, losses, fixed = self._prepared, self._losses, self._fixed
+        names = [example.picture.name for example in self._examples.examples]
+        height, width = prepared.encoded.framing.resolution
+        count = f"{len(names):,} image{'' if len(names) == 1 else 's'}"
+        note = (
+            f"{count} of {width}x{height} pixels, cut about their middles, each at {fixed.pairs:,} timesteps; "
+            f"seed {fixed.seed}; objective: {prepared.objective.kind}. Lower is better."
+        )
+        if len(names) == 1:
+            note += " Of one image there is no standard error."
+        tables = {
+            "held-out": _table(losses, prepared.objective.steps, note),
+            "held-out-images": Table(
+                "Held-out loss by image", ("image", *losses),
+                tuple((name, *(found.examples[n] for found in losses.values())) for n, name in enumerate(names)),
+                "The mean over the timesteps.", 4,
+            ),
+        }  # fmt: skip
+        facts = {
+            "images": len(names), "data": self._examples.data_hash, "resolution": [height, width],
+            "pairs": fixed.pairs, "seed": fixed.seed, "timesteps": list(losses[BASE].timesteps),
+            "objective": prepared.objective.kind,
+        }  # fmt: skip
+        drawings = _drawn(self._compared, losses)
+        return Finding(HELD_OUT, _SAYS, tables, drawings, facts, prepared.encoded.warnings)
 
 
 def _table(losses: Mapping[str, HeldOut], steps: int, note: str) -> Table:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
-from weightops.diffusion.axes import stem_of
+from weightops.diffusion.axes import lora_name
 from weightops.files.checkpoint import open_checkpoint
 from weightops.files.source import LocalFile
 from weightops.lineage import as_recorded
@@ -82,7 +82,8 @@ def row_of(shot: Shot, sampling: Sampling, loaded: Loaded, *, model: str, size: 
         "scheduler": {"name": sampling.scheduler, "class": type(loaded.pipe.scheduler).__name__},
         "model": model,
         "loras": [
-            {"name": stem_of(worn.file), "strength": worn.strength, "way": worn.way} for worn in loaded.loras
+            {"name": lora_name(file), "strength": strength, "way": worn.way}
+            for (file, strength), worn in zip(shot.loras, loaded.loras, strict=True)
         ],
         "device": loaded.device.type,
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -91,22 +92,23 @@ def row_of(shot: Shot, sampling: Sampling, loaded: Loaded, *, model: str, size: 
 
 
 def recipe_of(
-    row: Mapping[str, Any], hashes: Mapping[str, str], versions: Mapping[str, str], **more: Any
+    row: Mapping[str, Any], hashes: Iterable[tuple[str, str | None]], versions: Mapping[str, str], **more: Any
 ) -> dict[str, Any]:
-    """What the image itself says, as `weightops.lineage` reads it. hashes: of the files, by name."""
+    """What the image itself says, as `weightops.lineage` reads it. hashes: of each file that was read."""
     return {"command": "generate", "version": __version__, "inputs": inputs_of(hashes), **row, **more} | {
         "versions": dict(versions)
     }
 
 
-def inputs_of(hashes: Mapping[str, str]) -> list[dict[str, str]]:
-    """Bare names, and the hashes that a recipe may have."""
-    found = []
-    for name, hashed in hashes.items():
-        bare = as_recorded(re.sub(r"[/\\\0]+", "_", name).strip("_"))[:255]
-        if bare not in ("", ".", "..") and _HASH.fullmatch(hashed):
-            found.append({"name": bare, "hash": hashed})
-    return found
+def inputs_of(hashes: Iterable[tuple[str, str | None]]) -> list[dict[str, str]]:
+    """Bare names, each once, and hashes, of files whose hashes are known; (path, hash) of each is given."""
+    found: dict[str, str] = {}
+    for path, hashed in hashes:
+        name = path.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+        bare = as_recorded(name if found.get(name, hashed) == hashed else lora_name(path)).replace("\0", "")[:255]
+        if bare not in ("", ".", "..") and hashed is not None and _HASH.fullmatch(hashed):
+            found[bare] = hashed
+    return [{"name": name, "hash": hashed} for name, hashed in found.items()]
 
 
 def loras_said(loras: Iterable[Lora], digests: Mapping[str, Digest | None]) -> list[tuple[str, float, str]]:
@@ -114,7 +116,7 @@ def loras_said(loras: Iterable[Lora], digests: Mapping[str, Digest | None]) -> l
     found = []
     for file, strength in loras:
         digest = digests.get(file)
-        found.append((stem_of(file), strength, "" if digest is None else digest.short))
+        found.append((lora_name(file), strength, "" if digest is None else digest.short))
     return found
 
 
@@ -125,10 +127,11 @@ def note_of(over: str | None, rows: Sequence[Mapping[str, Any]], loras: Sequence
         found = [row.get(name) for row in rows]
         return found[0] if all(value == found[0] for value in found) else None
 
-    steps = "{} sampling steps" if over == "step" else "{} steps"
+    count = "{} step" if same("steps") == 1 else "{} steps"
+    steps = count.replace("step", "sampling step") if over == "step" else count
     said = [] if same("model") is None else [str(same("model"))]
     if over in ("strength", "step"):
-        said += [" + ".join(stem_of(file) for file, _ in loras)]
+        said += [" + ".join(lora_name(file) for file, _ in loras)]
     elif same("loras"):
         worn = [(lora["name"], lora["strength"]) for lora in same("loras")]
         said += [" + ".join(name if strength == 1 else f"{name}:{strength:g}" for name, strength in worn)]

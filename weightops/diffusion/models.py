@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from weightops.diffusion.extras import hushed, need
@@ -21,6 +21,7 @@ from weightops.naming.keymap import ARCHITECTURES
 from weightops.ops.components import members_of
 from weightops.ops.convert import convert
 from weightops.ops.merge import merge, read_recipe
+from weightops.ops.prediction import KINDS, prediction_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -28,9 +29,14 @@ if TYPE_CHECKING:
     import torch
 
     from weightops.files.checkpoint import Checkpoint, Named
+    from weightops.ops.report import Report
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLOW = ("sd3", "flux", "flux2", "chroma", "qwen_image", "z_image", "lumina2", "wan", "hunyuan_video")
+# What SD3 makes images without, if its folder says so: zeros stand in place of its T5.
+_OPTIONAL = ("text_encoder_3", "tokenizer_3")
+# Where a folder names these, many lack them.
+_SAFETY = ("safety_checker", "feature_extractor")
 # A LoRA as a user names it: "FILE:0.5", or the file and its strength.
 LoraName = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
@@ -61,6 +67,7 @@ class Loaded:
     dtype: torch.dtype
     source: Named
     like: str | None = None
+    part: str = ""  # the one network that `source` holds, where it holds no more
     hashes: dict[str, str] = field(default_factory=dict)
     loras: tuple[Worn, ...] = ()
     touched: bool = False  # are the weights others than those of `source`?
@@ -94,21 +101,33 @@ def load(
     place = resolve_device(device)
     label, like = os.fspath(model), None if like is None else _at_hand(os.fspath(like), folder=True)
     hashes: dict[str, str] = {}
-    source = _source(label, None if vae is None else os.fspath(vae), hashes, on_progress)
+    warnings: list[str] = []
+    source = _source(label, None if vae is None else os.fspath(vae), hashes, warnings, on_progress)
     with open_checkpoint(source) as opened:
         architecture = _architecture(opened, label)
+        _check_prediction(prediction, architecture, label)
         kind = _dtype(dtype, place, architecture, opened)
         _check_room(opened, label, kind, place)
         whole = opened.container == "diffusers" and not isinstance(source, Held)
+        variant = "fp16" if any(".fp16." in path.name for path in _paths(opened)) else None
+        said = prediction_of(opened, architecture, None, asked=prediction, like=None)
+    part = ""
     with hushed():
         if whole:
-            pipe = _from_folder(str(source), label, kind)
+            pipe = _from_folder(str(source), label, kind, variant)
             hashes |= _hashes(str(source), label)
         else:
-            pipe = _from_weights(source, label, like, prediction, kind, hashes, on_progress)
-    if whole and prediction is not None:
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
-    loaded = Loaded(pipe, architecture, label, _torch_device(place), _torch_dtype(kind), source, like, hashes)
+            made = diffusers_weights(source, label, like, prediction, hashes, warnings, on_progress)
+            part = "" if any("/" in file.path for file in made.files) else _part(made, like, label)
+            pipe = _from_weights(made, label, like, part, kind, hashes)
+    _check_tokenizers(pipe, label)
+    theirs = not whole and "model_index.json" not in made.extras  # the scheduler is that of `like`
+    if said is not None and ((whole and prediction is not None) or (theirs and said.by)):
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **said.scheduler)
+    loaded = Loaded(
+        pipe, architecture, label, _torch_device(place), _torch_dtype(kind), source, like, part, hashes,
+        warnings=warnings,
+    )  # fmt: skip
     settle(loaded)
     if loras:
         from weightops.diffusion.adapters import wear
@@ -118,10 +137,16 @@ def load(
 
 
 def settle(loaded: Loaded) -> None:
-    """Everything on the device, in the dtype, for inference."""
+    """Everything on the device, for inference; what lies beside the weights in the dtype, too.
+
+    The weights are in it since they were read, but for those that their class keeps in float32, as T5 does.
+    """
     with hushed():
         for network in networks(loaded.pipe).values():
-            network.to(device=loaded.device, dtype=loaded.dtype)
+            network.to(device=loaded.device)
+            for name, parameter in network.named_parameters():
+                if ".lora_" in name and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(loaded.dtype)
             network.eval()
             network.requires_grad_(False)
             if loaded.device.type == "cpu":
@@ -150,7 +175,9 @@ def networks(pipe: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ where it is
 
 
-def _source(label: str, vae: str | None, hashes: dict[str, str], on_progress: Progress) -> Named:
+def _source(
+    label: str, vae: str | None, hashes: dict[str, str], warnings: list[str], on_progress: Progress
+) -> Named:  # fmt: skip
     """What verbs can read: a path on this machine, or a merge in memory."""
     recipe = None
     if label.lower().endswith((".yaml", ".yml")):
@@ -164,17 +191,29 @@ def _source(label: str, vae: str | None, hashes: dict[str, str], on_progress: Pr
         recipe = replace(recipe, vae=_at_hand(vae))
     held = Held(label)
     report = merge(recipe=recipe, output=held, on_progress=on_progress)
-    hashes |= {Path(entry["path"]).name: str(entry["hash"]) for entry in report.inputs}
+    _note(hashes, report)
+    warnings += report.warnings
     return held
+
+
+def _note(hashes: dict[str, str], report: Report) -> None:
+    """The hashes of what was read, by name; a second file of one name by its folder's too."""
+    for entry in report.inputs:
+        path, hashed = PurePath(entry["path"]), str(entry["hash"])
+        name = path.name or str(path)
+        if hashes.get(name, hashed) != hashed:
+            name = "/".join(path.parts[-2:])
+        hashes[name] = hashed
 
 
 def _at_hand(label: str, *, folder: bool = False) -> str:
     """A path on this machine: what is on a hub is fetched into the library's cache first."""
     if label.startswith("hf://"):
         return _fetched(label)
-    if not Path(label).exists() and label.count("/") == 1 and not label.lower().endswith((".safetensors", ".ckpt")):
+    there = os.path.exists(label)  # noqa: PTH110 - pathlib's raises for a name that is too long
+    if not there and label.count("/") == 1 and not label.lower().endswith((".safetensors", ".ckpt")):
         raise UsageError(label, "no such file or folder", f"a repository is named hf://{label}")
-    if folder and not Path(label).is_dir():
+    if folder and not os.path.isdir(label):  # noqa: PTH112
         raise UsageError("--like", f"no such folder: {label}", "name a diffusers folder, or hf://owner/name")
     return label
 
@@ -217,6 +256,14 @@ def _architecture(opened: Checkpoint, label: str) -> str:
     if found is None and opened.container != "diffusers":
         raise MismatchError(label, f"expected a model, found: {identity.kind}", "a VAE is swapped in with --vae FILE")
     return "" if found is None else found.name
+
+
+def _check_prediction(asked: str | None, architecture: str, label: str) -> None:
+    """Refuse what the model cannot predict. Raises UsageError."""
+    if asked is not None and asked not in KINDS:
+        raise UsageError("--prediction", f"found {quote(asked)}, expected {' or '.join(KINDS)}")
+    if asked is not None and architecture in FLOW:
+        raise UsageError("--prediction", f"found {asked}, but {label} is trained by flow matching")
 
 
 def _dtype(asked: str, place: str, architecture: str, opened: Checkpoint) -> str:
@@ -274,9 +321,10 @@ def _pipelines() -> Any:
 # ------------------------------------------------------------------------------------------------ a whole folder
 
 
-def _from_folder(folder: str, label: str, kind: str) -> Any:
+def _from_folder(folder: str, label: str, kind: str, variant: str | None) -> Any:
+    given = {"dtype": _torch_dtype(kind), "variant": variant, "local_files_only": True}
     try:
-        return _pipelines().from_pretrained(folder, dtype=_torch_dtype(kind), local_files_only=True)
+        return _pipelines().from_pretrained(folder, **_left_out(folder, label), **given)
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError, ImportError) as e:
         raise _not_loaded(label, e) from None
 
@@ -289,13 +337,50 @@ def _not_loaded(label: str, error: Exception) -> WeightopsError:
     return FormatError(label, f"diffusers cannot load it: {' '.join(str(error).split())[:300]}")
 
 
+def _left_out(folder: str, label: str) -> dict[str, None]:
+    """What the pipeline of a folder is to be made without. Raises FormatError where it lacks what it cannot be without.
+
+    A safety checker may be missing; what else model_index.json names may not.
+    """
+    with open_checkpoint(folder) as opened:
+        index = opened.json_beside("model_index.json") or {}
+    found: dict[str, None] = {}
+    for name, value in index.items():
+        if not (isinstance(value, list) and len(value) == 2 and name.isidentifier() and name[0] != "_"):
+            continue
+        if value[0] is None:
+            found |= {name: None} if name in _OPTIONAL else {}
+        elif not Path(folder, name).is_dir():
+            if name not in _SAFETY or "safety_checker" not in index:
+                raise FormatError(label, f"its model_index.json names {quote(name)}, of which there is no folder")
+            found[name] = None
+    return found
+
+
+def _check_tokenizers(pipe: Any, label: str) -> None:
+    """Refuse tokenizers that the library made of nothing, for want of their files: to them all prompts are alike."""
+    for name, tokenizer in pipe.components.items():
+        encoder = pipe.components.get(name.replace("tokenizer", "text_encoder"))
+        known = getattr(getattr(encoder, "config", None), "vocab_size", None)
+        if not name.startswith("tokenizer") or tokenizer is None or not isinstance(known, int):
+            continue
+        if len(tokenizer) < known / 2:
+            what = f"its {name} has {len(tokenizer):,} tokens, its text encoder {known:,}: files of it are missing"
+            raise FormatError(label, what, f"bring the files of {name}/, from where the model came from")
+
+
+def _paths(opened: Checkpoint) -> list[Path]:
+    """The files of a checkpoint."""
+    return [Path(str(getattr(file, "path", file.label))) for file in opened.files]
+
+
 def _hashes(folder: str, label: str) -> dict[str, str]:
     """The XXH3-128 of the folder's weights, all of them as one."""
     import xxhash
 
     total = xxhash.xxh3_128()
     with open_checkpoint(folder) as opened:
-        paths = sorted(Path(str(getattr(file, "path", file.label))) for file in opened.files)
+        paths = sorted(_paths(opened))
     for path in paths:
         with path.open("rb") as file:
             while data := file.read(4 << 20):
@@ -307,10 +392,13 @@ def _hashes(folder: str, label: str) -> dict[str, str]:
 
 
 def diffusers_weights(
-    source: Named, label: str, like: str | None, prediction: str | None, hashes: dict[str, str],
+    source: Named, label: str, like: str | None, prediction: str | None, hashes: dict[str, str], warnings: list[str],
     on_progress: Progress = ignore, *, tokenizer: bool = True,
 ) -> Held:  # fmt: skip
-    """The weights under diffusers' names, in memory, with the configurations and tokenizers of a diffusers folder."""
+    """The weights under diffusers' names, in memory, with the configurations and tokenizers of a diffusers folder.
+
+    hashes, warnings: what is read, and what there is to say of it, is added.
+    """
     held = Held(label)
     if like is None and tokenizer:
         _fetch_tokenizers(source)
@@ -324,7 +412,9 @@ def diffusers_weights(
             raise UsageError(e.where, e.what, e.hint.partition("; --no-tokenizer")[0]) from None
         raise
     if not isinstance(source, Held):
-        hashes |= {Path(entry["path"]).name: str(entry["hash"]) for entry in report.inputs}
+        _note(hashes, report)
+    if "model_index.json" in held.extras:  # of another folder it is said how to use its parts, which is done here
+        warnings += report.warnings
     return held
 
 
@@ -351,42 +441,59 @@ def _fetch_tokenizers(source: Named) -> None:
                 break
 
 
-def _from_weights(
-    source: Named, label: str, like: str | None, prediction: str | None, kind: str, hashes: dict[str, str],
-    on_progress: Progress,
-) -> Any:  # fmt: skip
-    """A pipeline of the weights of a single file, or of what is held."""
-    held = diffusers_weights(source, label, like, prediction, hashes, on_progress)
+def _part(held: Held, like: str | None, label: str) -> str:
+    """Which component of the folder `like` a network alone takes the place of. Raises MismatchError."""
+    if like is None:
+        raise _not_whole(label)
+    kind = json.loads(held.extras["config.json"]).get("_class_name")
+    with open_checkpoint(like) as opened:
+        index = opened.json_beside("model_index.json") or {}
+    found = [name for name, value in index.items() if isinstance(value, list) and value[-1:] == [kind]]
+    if len(found) != 1:
+        what = f"is not for this model: of its components {len(found) or 'none'} are of the class {quote(str(kind))}"
+        raise MismatchError(like, what, f"name a diffusers folder into which {label} fits")
+    return found[0]
+
+
+def _not_whole(label: str) -> MismatchError:
+    what = "is no whole pipeline: it lacks components that one needs to make images"
+    return MismatchError(label, what, "--like FOLDER takes the others of a diffusers folder")
+
+
+def _from_weights(held: Held, label: str, like: str | None, part: str, kind: str, hashes: dict[str, str]) -> Any:
+    """A pipeline of what is held, which is that `part` alone, if one is named; the rest is of the folder `like`."""
     small = dict(held.extras)
+    others: dict[str, None] = {}
     if "model_index.json" not in small:
-        theirs = Path(like, "model_index.json") if like is not None else None
-        if theirs is None or not theirs.is_file():
-            what = "is no whole pipeline: it lacks components that one needs to make images"
-            raise MismatchError(label, what, "--like FOLDER takes the others of a diffusers folder")
+        if like is None or not Path(like, "model_index.json").is_file():
+            raise _not_whole(label)
+        others = _left_out(like, like)
+        hashes |= {name: hashed for name, hashed in _hashes(like, like).items() if name not in hashes}
     with tempfile.TemporaryDirectory(prefix="weightops-") as name:
         folder = Path(name)
         for path, data in small.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(data)
         parts = {
-            component: _network(folder / component, component, state, label, kind)
-            for component, state in states(held).items()
+            component: _network(folder if component == part else folder / component, component, state, label, kind)
+            for component, state in states(held, part).items()
         }
+        others = {name: None for name in others if name not in parts}
         root = str(folder) if "model_index.json" in small else str(like)
         try:
-            return _pipelines().from_pretrained(root, **parts, dtype=_torch_dtype(kind), local_files_only=True)
+            return _pipelines().from_pretrained(root, **parts, **others, dtype=_torch_dtype(kind), local_files_only=True)
         except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError, ImportError) as e:
             raise _not_loaded(label, e) from None
 
 
-def states(held: Held) -> dict[str, dict[str, torch.Tensor]]:
-    """Each component's weights by their names in it, over the bytes that are held."""
+def states(held: Held, part: str = "") -> dict[str, dict[str, torch.Tensor]]:
+    """Each component's weights by their names in it, over the bytes that are held. part: the one that there is."""
     from weightops.engine.tensors import as_tensor
 
     found: dict[str, dict[str, torch.Tensor]] = {}
     names = held.names()
     for key, spec in held.specs.items():
-        component, _, name = names[key].partition(".")
+        component, _, name = names[key].partition(".") if not part else (part, "", names[key])
         start, stop = held.places[key]
         found.setdefault(component, {})[name] = as_tensor(held.data[start:stop], spec)
     return found
@@ -395,27 +502,36 @@ def states(held: Held) -> dict[str, dict[str, torch.Tensor]]:
 def _network(folder: Path, component: str, state: dict[str, torch.Tensor], label: str, kind: str) -> Any:
     """A network of the class that its config.json says, with these weights: strictly these."""
     init_empty_weights: Any = importlib.import_module("accelerate").init_empty_weights
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     wanted = _torch_dtype(kind)
-    cast = {name: tensor.to(wanted) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "_class_name" in config:
             cls: Any = getattr(importlib.import_module("diffusers"), config["_class_name"])
             with init_empty_weights(include_buffers=False):
                 network = cls.from_config(config)
-            network.load_state_dict(cast, strict=True, assign=True)
+            kept = cls._keep_in_fp32_modules or ()
+            network.load_state_dict({n: _cast(n, t, wanted, kept) for n, t in state.items()}, strict=True, assign=True)
             return network
         cls = getattr(importlib.import_module("transformers"), config["architectures"][0])
         settings = cls.config_class.from_pretrained(folder)
         network, report = cls.from_pretrained(
-            None, config=settings, state_dict=cast, dtype=wanted, output_loading_info=True
+            None, config=settings, state_dict=state, dtype=wanted, output_loading_info=True
         )
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError) as e:
+    except (OSError, ValueError, AttributeError, LookupError, TypeError, RuntimeError) as e:
         raise _not_loaded(f"{label} ({component})", e) from None
     missing = sorted(report["missing_keys"]) + [str(m[0]) for m in report["mismatched_keys"]]
     if missing:
         raise FormatError(f"{label} ({component})", f"lacks {len(missing):,} tensors, the first is {quote(missing[0])}")
     return network
+
+
+def _cast(name: str, tensor: torch.Tensor, wanted: torch.dtype, kept: Iterable[str]) -> torch.Tensor:
+    """In the dtype that is asked for; in float32 what its class keeps in that, as diffusers itself has it."""
+    import torch
+
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.float32 if any(module in name.split(".") for module in kept) else wanted)
 
 
 def put(network: Any, state: Mapping[str, torch.Tensor], label: str) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from weightops import __version__
 from weightops.diffusion import study_inputs
 from weightops.diffusion.extras import need
-from weightops.diffusion.study_file import Study, read_study
+from weightops.diffusion.study_file import read_study
 from weightops.diffusion.study_runner import RUN, STANDS, WOULD_RUN, Runner, StepReport
 from weightops.diffusion.study_state import State
 from weightops.errors import UsageError, quote
@@ -26,6 +26,7 @@ from weightops.ops.yaml_lines import nearest, refused
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from weightops.diffusion.study_parts import Study
     from weightops.diffusion.study_verbs import Progress
 
 

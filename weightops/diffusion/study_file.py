@@ -16,7 +16,7 @@ A step is a verb of the command line with the words of its function. Under `--ti
 away. `title:` and `text:` of a step stand on the page.
 
 References: a text that begins with `$` names an input or an earlier step. `$merged` is what the step made, `$style.log`
-another thing that it made, `$style.checkpoints[100]` one of several; after it may stand the strength of a LoRA,
+another thing that it made, `$style.checkpoints.100` one of several; after it may stand the strength of a LoRA,
 `$style:0.8`. A text that begins with `$$` begins with `$`.
 """
 
@@ -24,10 +24,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightops.diffusion.study_parts import Input, Reference, Step, Study
 from weightops.diffusion.study_steps import VERBS
 from weightops.diffusion.study_verbs import Verb, words_of
 from weightops.diffusion.study_words import Parameter, is_path, misfit, wrapped
@@ -36,74 +37,17 @@ from weightops.ops.yaml_lines import Said, check_keys, nearest, read_yaml, refus
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 _KEYS = ("title", "about", "inputs", "steps")
 _INPUT_KEYS = ("path", "how", "tiny")
 _ABOUT_A_STEP = ("title", "text", "tiny")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")
 _REFERENCE = re.compile(
-    r"\$(?P<name>[A-Za-z][A-Za-z0-9_-]*)(\.(?P<field>[a-z_]+))?(\[(?P<key>[^\[\]]+)\])?"
+    r"\$(?P<name>[A-Za-z][A-Za-z0-9_-]*)(\.(?P<field>[a-z_]+)(\.(?P<key>[A-Za-z0-9_-]+))?)?"
     r"(:(?P<strength>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?))?"
 )
 _RESERVED = "inputs"  # a folder beside those of the steps
-
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """An input, or what an earlier step made. strength: of a LoRA, where one is said."""
-
-    name: str
-    field: str | None
-    key: str | None
-    strength: float | None
-    line: int
-
-    def __str__(self) -> str:
-        said = f"${self.name}" + (f".{self.field}" if self.field else "") + (f"[{self.key}]" if self.key else "")
-        return said if self.strength is None else f"{said}:{self.strength:g}"
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """A file or folder of the user's, a model of the hub, or what `--tiny` makes in its place."""
-
-    name: str
-    line: int
-    path: str | None
-    tiny: str | None
-    how: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """words: plain values, with References among them. lines: where each stands."""
-
-    name: str
-    line: int
-    verb: Verb
-    words: Mapping[str, Any]
-    lines: Mapping[str, int]
-    title: str
-    text: str
-
-    @property
-    def references(self) -> Iterator[Reference]:
-        return references_in(self.words)
-
-
-@dataclass(frozen=True, slots=True)
-class Study:
-    """label: what the user typed. folder: where its relative paths begin."""
-
-    label: str
-    folder: Path
-    title: str
-    about: str
-    inputs: Mapping[str, Input]
-    steps: tuple[Step, ...]
-    tiny: bool
-    used: frozenset[str] = field(default_factory=frozenset)  # names of the inputs that a step refers to
 
 
 def read_study(file: str | os.PathLike[str], *, tiny: bool) -> Study:
@@ -127,18 +71,6 @@ def read_study(file: str | os.PathLike[str], *, tiny: bool) -> Study:
     title = reader.text(said.value.get("title"), "title") or path.stem
     about = reader.text(said.value.get("about"), "about")
     return Study(label, path.parent, title, about, inputs, steps, tiny, used)
-
-
-def references_in(value: Any) -> Iterator[Reference]:
-    """All that stand in a value, however deep."""
-    if isinstance(value, Reference):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from references_in(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from references_in(part)
 
 
 class _Reader:
@@ -300,7 +232,7 @@ class _Named:
     def _reference(self, text: str, line: int) -> Reference:
         found = _REFERENCE.fullmatch(text)
         if found is None:
-            what = f"found {quote(text)}, expected $name, $name.thing or $name.thing[one]"
+            what = f"found {quote(text)}, expected $name, $name.thing or $name.thing.one"
             raise refused(self.label, line, what, "a text that begins with $ is written with two: $$")
         strength = None if found["strength"] is None else float(found["strength"])
         made = Reference(found["name"], found["field"], found["key"], strength, line)
@@ -336,5 +268,4 @@ class _Named:
             names = [f"${made.name}", *(f"${made.name}.{name}" for name in verb.fields)]
             raise refused(self.label, made.line, what, nearest(f"${made.name}.{made.field}", names))
         if made.key is not None and made.field not in verb.several:
-            what = f"{made}: it is one thing"
-            raise refused(self.label, made.line, what, f"say {str(made).partition('[')[0]}")
+            raise refused(self.label, made.line, f"{made}: it is one thing", f"say ${made.name}.{made.field}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from weightops.diffusion.study_file import Step, Study
+    from weightops.diffusion.study_parts import Step, Study
     from weightops.diffusion.study_state import Record
 
 _TINY = (

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
 from weightops.diffusion import study_inputs
-from weightops.diffusion.study_file import Reference, Step, Study
 from weightops.diffusion.study_page import page_of
+from weightops.diffusion.study_parts import Reference, Step, Study
 from weightops.diffusion.study_state import Record, State
 from weightops.diffusion.study_verbs import Job, Made, Progress
 from weightops.errors import Interrupted, WeightopsError, listing, quote

@@ -14,30 +14,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightops.diffusion.tables import write_whole
-from weightops.errors import OutputError, UsageError
-from weightops.files.writer import lock
+from weightops.errors import OutputError, UsageError, listing
+from weightops.files.writer import lock, uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 FOLDER = ".study"
 _CHUNK = 1 << 22
+_LEFT_BEHIND = frozenset({"Thumbs.db", "desktop.ini"})  # beside what is hidden
 
 
 @dataclass(slots=True)
 class Record:
-    """Of a step, or of an input that was made. A record without outputs says only that the folder is the study's.
+    """Of a step, or of an input that was made. A record without outputs says only which files are the study's.
 
     made_of: everything that decides about the outputs. outputs: file names within the step's folder, by what they
-    are called in references, "" for the step itself; or lists of them, or names by key. content: the hash of all files.
-    shown: what a page shows of it. said: warnings, and what else the verb reported in words.
+    are called in references, "" for the step itself; or names by key, of which there are several. files: the hash of
+    every file that was made. shown: what a page shows of it.
     """
 
     made_of: dict[str, Any] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)
-    content: str = ""
+    files: dict[str, str] = field(default_factory=dict)
     shown: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def content(self) -> str:
+        """The hash of all that was made."""
+        return _together(self.files)
 
 
 class Hashes:
@@ -80,18 +86,32 @@ class Hashes:
         self._changed = True
         return str(made.hexdigest())
 
-    def _folder(self, path: Path) -> str:
-        import xxhash
+    def within(self, folder: Path) -> dict[str, str]:
+        """The hash of each file below, by its name there."""
+        return {file.relative_to(folder).as_posix(): self._file(file) for file in _files(folder)}
 
-        entries = [(file.relative_to(path).as_posix(), self._file(file)) for file in _files(path)]
-        made = xxhash.xxh3_128()
-        for name, digest in sorted(entries):
-            made.update(f"{name}\0{digest}\n".encode("utf-8", "surrogateescape"))
-        return str(made.hexdigest())
+    def moved(self, old: Path, new: Path) -> None:
+        """A folder has another name, and its files are the same."""
+        start = f"{old.absolute()}{os.sep}"
+        for name in [name for name in self._known if name.startswith(start)]:
+            self._known[str(new.absolute() / name[len(start) :])] = self._known.pop(name)
+            self._changed = True
+
+    def _folder(self, path: Path) -> str:
+        return _together(self.within(path))
+
+
+def _together(files: Mapping[str, str]) -> str:
+    import xxhash
+
+    made = xxhash.xxh3_128()
+    for name, digest in sorted(files.items()):
+        made.update(f"{name}\0{digest}\n".encode("utf-8", "surrogateescape"))
+    return str(made.hexdigest())
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Every file below; links are followed, once each."""
+    """Every file below but those that desktops leave behind; links are followed, once each."""
     seen: set[str] = set()
     for at, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(at)
@@ -99,6 +119,7 @@ def _files(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
+        names = [name for name in names if not (name.startswith(".") or name in _LEFT_BEHIND)]
         yield from (Path(at) / name for name in names if (Path(at) / name).is_file())
 
 
@@ -134,7 +155,9 @@ class State:
     def record(self, name: str) -> Record | None:
         """What is known of a step; None: nothing of it was ever begun, or its record cannot be read."""
         with contextlib.suppress(OSError, ValueError, TypeError):
-            return Record(**json.loads(self._record(name).read_bytes()))
+            found = Record(**json.loads(self._record(name).read_bytes()))
+            kinds = (found.made_of, dict), (found.outputs, dict), (found.files, dict), (found.shown, list)
+            return found if all(isinstance(value, kind) for value, kind in kinds) else None
         return None
 
     def _record(self, name: str) -> Path:
@@ -145,10 +168,8 @@ class State:
 
         Raises OutputError where the step's own folder holds something that no study made.
         """
-        place, work, mark = self.place(name), self.own / "unfinished" / name, self.own / "unfinished" / f"{name}.json"
-        if self.record(name) is None and os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
-            hint = "move it away, or name another folder with -o"
-            raise OutputError(str(place), "exists, and is not of this study", hint)
+        self._check_own(name)
+        work, mark = self.own / "unfinished" / name, self.own / "unfinished" / f"{name}.json"
         said = json.dumps(made_of, sort_keys=True).encode()
         with contextlib.suppress(OSError):
             if resumes and work.is_dir() and mark.read_bytes() == said:
@@ -156,9 +177,19 @@ class State:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         write_whole(mark, said)
-        if self.record(name) is None:
-            self._write(name, Record())
         return work, False
+
+    def _check_own(self, name: str) -> None:
+        """What a step made is replaced, and nothing else."""
+        place, record = self.place(name), self.record(name) or Record()
+        if not os.path.lexists(place):
+            return
+        hint = "move it away, or name another folder with -o"
+        if not place.is_dir():
+            raise OutputError(str(place), "is no folder", hint)
+        strange = sorted({file.relative_to(place).as_posix() for file in _files(place)} - record.files.keys())
+        if strange:
+            raise OutputError(str(place), f"holds what this study did not make: {listing(strange)}", hint)
 
     def drop(self, name: str) -> None:
         """Forget unfinished work."""
@@ -168,16 +199,19 @@ class State:
     def finish(self, name: str, record: Record) -> None:
         """Put what was worked out into the step's place, and remember what it is."""
         place, work = self.place(name), self.own / "unfinished" / name
-        self._write(name, Record())  # until the last line it is not known what lies there
+        record.files = self.hashes.within(work)
         old = self.own / "old"
         shutil.rmtree(old, ignore_errors=True)
         place.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(place):
-            place.rename(old)
-        work.rename(place)
-        record.content = self.hashes.of(place)
-        self._write(name, record)
-        self.hashes.save()
+        with uninterrupted():
+            before = self.record(name) or Record()
+            # Until the last line it is not known which of them lie there.
+            self._write(name, Record(files=before.files | record.files))
+            if os.path.lexists(place):
+                place.rename(old)
+            work.rename(place)
+            self.hashes.moved(work, place)
+            self._write(name, record)
         self.drop(name)
         shutil.rmtree(old, ignore_errors=True)
 
@@ -187,6 +221,7 @@ class State:
         write_whole(path, json.dumps(asdict(record), indent=1, sort_keys=True).encode())
 
     def is_whole(self, name: str, record: Record) -> bool:
-        """Is everything that the step made still there, as it was?"""
+        """Is everything that the step made still there, as it was? What else lies there is not its own."""
         place = self.place(name)
-        return bool(record.outputs) and place.is_dir() and self.hashes.of(place) == record.content
+        files = {place / file: hashed for file, hashed in record.files.items()}
+        return all(file.is_file() and self.hashes.of(file) == hashed for file, hashed in files.items())

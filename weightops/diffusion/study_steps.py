@@ -48,11 +48,11 @@ def _converted(verb: Verb, job: Job) -> Made:
 
 def _written(verb: Verb, job: Job, name: str) -> Made:
     report = verb.call(job, output=job.work / name)
-    account = report.account
+    unused = [entry.key for entry in report.account.unused if not entry.asked]
     shown = facts(
         ("what was done", report.summary),
         *((f"tensors of {group['component']}", _counted(group)) for group in report.groups),
-        ("unused", f"{len(account.unused):,}: {listing(u.key for u in account.unused)}" if account.unused else None),
+        ("unused", f"{len(unused):,}: {listing(unused)}" if unused else None),
         ("written", f"{name}, {report.bytes_written:,} bytes"),
         ("in short", report.details.get("line")),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,8 @@ def said(verb: str, words: Mapping[str, Any]) -> str:
             return f"[{', '.join(map(plain, value))}]"
         if isinstance(value, dict):
             return "{" + ", ".join(f"{key}: {plain(part)}" for key, part in value.items()) + "}"
+        if isinstance(value, str) and set(value) & set(",:[]{}#\n"):
+            return json.dumps(value, ensure_ascii=False)
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     return "\n".join([f"{verb}:", *(f"  {name}: {plain(value)}" for name, value in words.items())])

@@ -169,7 +169,7 @@ class Folder:
         folder, seed = self.path / SAMPLES, training.words.seed
         folder.mkdir(exist_ok=True)
         for number, prompt in enumerate(self.sample_prompts, 1):
-            told = {"prompt": prompt, "seed": seed, "step": training.step, "model": training.loaded.label}
+            told = {"seed": seed, "number": number, "step": training.step}
             path = folder / f"{name_of(training.step)}-{number}.png"
             resolution = training.encoded.framing.resolution
             write_whole(path, paint(training.loaded, prompt, (seed, number), resolution, self.sample_steps, told))

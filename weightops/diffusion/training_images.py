@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import json
 from typing import TYPE_CHECKING, Any
 
+from weightops import __version__
 from weightops.diffusion.extras import hushed
 from weightops.diffusion.pictures import find_pictures
+from weightops.diffusion.png_text import encode_png
 from weightops.diffusion.tables import write_whole
+from weightops.diffusion.written import recipe_inputs
 from weightops.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from weightops.diffusion.models import Loaded
@@ -39,8 +40,8 @@ def class_images(
     free = [number for number in range(count) if not (folder / _name(number)).exists()][:missing]
     for done, number in enumerate(free):
         on_progress(done, len(free))
-        told = {"prompt": prompt, "seed": seed, "number": number, "model": loaded.label}
-        write_whole(folder / _name(number), paint(loaded, prompt, (seed, number), resolution, steps, told))
+        made = paint(loaded, prompt, (seed, number), resolution, steps, {"seed": seed, "number": number})
+        write_whole(folder / _name(number), made)
     on_progress(len(free), len(free))
     return len(free)
 
@@ -60,15 +61,14 @@ def _count(folder: Path) -> int:
 
 
 def paint(
-    loaded: Loaded, prompt: str, seed: Sequence[int], resolution: tuple[int, int], steps: int, told: dict[str, Any]
+    loaded: Loaded, prompt: str, seed: Sequence[int], resolution: tuple[int, int], steps: int, told: Mapping[str, Any]
 ) -> bytes:
     """A PNG of what the model makes of a prompt, with all else as its pipeline has it; `told` stands in the file.
 
-    seed: numbers, of all of which the noise depends.
+    seed: numbers, on all of which the noise depends.
     """
     import numpy as np
     import torch
-    from PIL.PngImagePlugin import PngInfo
 
     # torch's generator on the CPU keeps 32 bits of a seed: these numbers are mixed down to as many.
     word = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint32)[0])
@@ -78,8 +78,5 @@ def paint(
             prompt=prompt, height=height, width=width, num_inference_steps=steps,
             generator=torch.Generator("cpu").manual_seed(word),
         ).images[0]  # fmt: skip
-    text = PngInfo()
-    text.add_itxt("weightops", json.dumps(told, sort_keys=True, ensure_ascii=False))
-    made = io.BytesIO()
-    image.save(made, format="PNG", pnginfo=text)
-    return made.getvalue()
+    recipe = {"command": "train", "version": __version__, "inputs": recipe_inputs(loaded.hashes)}
+    return encode_png(image, {**recipe, "prompt": prompt, **told})

@@ -264,7 +264,7 @@ def _make(
         }  # fmt: skip
         row |= {} if shooting.decode_chunk is None else {"decode_chunk": shooting.decode_chunk}
         recipe = {
-            "command": "generate video", "version": __version__, "inputs": inputs_of(loaded.hashes),
+            "command": "generate video", "version": __version__, "inputs": inputs_of(loaded.hashes.items()),
             "image": file.name, **row, "versions": versions,
         }  # fmt: skip
         report.bytes_written += _write(target, pixels, shooting.fps, recipe)

@@ -121,7 +121,9 @@ def as_held(lora: Lora, label: str, beside: Mapping[str, Tensor] | None = None) 
 
     tensors = {f"{c}.{_spelled(c, name)}": t.float() for c, name, t in _split(lora.state())}
     tensors |= {
-        f"{part.component}.{_spelled(part.component, module.name)}.alpha": torch.tensor(module.alpha, dtype=torch.float32)
+        f"{part.component}.{_spelled(part.component, module.name)}.alpha": torch.tensor(
+            module.alpha, dtype=torch.float32
+        )
         for part in lora.parts
         for module in part.modules
     }
@@ -222,10 +224,19 @@ def _metadata(lora: Lora, told: Told, dialect: str, steps: int, epoch: int) -> d
         found["modelspec.prediction_type"] = {"epsilon": "epsilon", "v_prediction": "v"}.get(
             base.prediction, base.prediction
         )
-    inputs = [{"name": as_recorded(Path(name).name), "hash": hashed} for name, hashed in base.hashes.items()]
+    inputs = recipe_inputs(base.hashes)
     recipe = {"command": "train", "version": __version__, **told.recipe, "steps_done": steps, "inputs": inputs}
     found[KEY] = json.dumps(recipe, sort_keys=True, ensure_ascii=False)
     return found
+
+
+def recipe_inputs(hashes: Mapping[str, str]) -> list[dict[str, str]]:
+    """The files that a model was read from, as a recipe has them: bare names, and hashes where they are known."""
+    return [
+        {"name": as_recorded(Path(name).name)[:255], "hash": hashed}
+        for name, hashed in hashes.items()
+        if Path(name).name and hashed.startswith("xxh3_128:")
+    ]
 
 
 def _network(lora: Lora, base: Base) -> dict[str, str]:

@@ -272,7 +272,8 @@ def _scheduler(
     said = like.json_beside(_SCHEDULER) or {}
     if all(said.get(key) == value for key, value in prediction.items()):
         return theirs
-    changed = ", ".join(f"{key} {value} in place of {said.get(key)}" for key, value in prediction.items())
+    other = {key: value for key, value in prediction.items() if said.get(key) != value}
+    changed = ", ".join(f"{key} {value} in place of {said.get(key)}" for key, value in other.items())
     found.warnings.append(f"the scheduler of {like.label} is taken with {changed}")
     return text({**said, **prediction})
 

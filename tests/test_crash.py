@@ -156,6 +156,8 @@ def test_a_run_that_is_killed_leaves_a_whole_file_or_none(
             time.sleep(chance.uniform(0.3, 1.0) * takes)
             run.kill()
             seen.add(run.wait(10))
+        if run.returncode == 0:
+            takes /= 2  # the machine had more to do while it was timed
         visible = [name for name in listing(tmp_path) if not name.startswith(".")]
         if before == "nothing":
             assert visible in ([], ["out.safetensors"])
@@ -164,7 +166,8 @@ def test_a_run_that_is_killed_leaves_a_whole_file_or_none(
             assert visible == ["out.safetensors"]
             assert output.read_bytes() == b"older" or hash_of(output) == files.whole
         if naming == "unnamed":
-            assert [name for name in listing(tmp_path) if name.startswith(".")] == []
+            # At its beginning, for a moment, a run gives an empty file a name, to see whether the system can.
+            assert [path for path in tmp_path.glob(".*") if path.stat().st_size] == []
     assert -signal.SIGKILL in seen
     assert files.unchanged()
     with ended(start(words(files, output, "--force"), code)) as last:

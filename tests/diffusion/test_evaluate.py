@@ -35,6 +35,7 @@ from weightops.diffusion.models import load
 from weightops.diffusion.objectives import held_out_loss, objective_of
 from weightops.diffusion.sprites import sprites
 from weightops.diffusion.tiny import tiny_model
+from weightops.diffusion.trained_images import trained_on
 from weightops.errors import FormatError, MismatchError, OutputError, UsageError, ValueRefused, WeightopsError
 from weightops.lineage import KEY
 
@@ -237,12 +238,12 @@ def test_images_that_were_trained_on_are_named(tmp_path: Path, loaded: Loaded, u
     bright.save(trained / "brighter.png")
     names = "'sprite-000.png', 'sprite-001.png', 'sprite-002.png'"
     found = compared_of([known, tmp_path / "subject-train", other])
-    assert holding.trained_on(read, found, str(trained)) == [
+    assert trained_on(read, found, str(trained)) == [
         f"known, subject step 10: trained on these very images, which are not held out: {names}",
         "--trained-on: 1 of 3 images was trained on, and not held out: 'sprite-001.png'",
         "--trained-on: 1 of 3 images looks like one that was trained on: 'sprite-002.png'",
     ]
-    assert holding.trained_on(read, found[2:], None) == []
+    assert trained_on(read, found[2:], None) == []
 
 
 # ------------------------------------------------------------------------------------------------ norms
@@ -510,7 +511,10 @@ def test_lpips_is_measured_where_it_is_asked_for(
 
 
 def test_the_same_words_are_the_same_bytes(report: EvaluateReport, words: dict[str, Any], tmp_path: Path) -> None:
-    again = evaluate(**words, output=tmp_path / "again")
+    seen: list[tuple[int, int]] = []
+    again = evaluate(**words, output=tmp_path / "again", on_progress=lambda *shown: seen.append(shown))
+    assert seen == sorted(seen)
+    assert seen[-1] == (IMAGES * (1 + 3 * PAIRS) + 2 + 2 * 3, seen[0][1]) == (seen[0][1],) * 2
     for name in report.files:
         assert (Path(report.output) / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == again.files == report.files

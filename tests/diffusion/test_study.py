@@ -406,6 +406,8 @@ steps:
         ("  other:", "  'o/t':", "line 13: found 'o/t' as the name of a step, expected a letter, then letters, "
          "digits, - and _", None),
         ("  other:", "  inputs:", "line 13: 'inputs' cannot be the name of a step: the inputs' folder has it", None),
+        ("page: {}", "page: {leave_out: [othre]}", "line 18: leave_out: there is no step 'othre' above",
+         "did you mean 'other'?"),
         ("title:", "titel:", "line 1: unknown key 'titel' of a study", "did you mean 'title'?"),
         ("[$a, $half]", "[a.safetensors, $half]", "line 12: models: found 'a.safetensors', which is a file here",
          "name it under inputs, and say $name: then it counts by its content"),

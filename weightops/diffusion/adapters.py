@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightops.diffusion.models import Loaded, LoraName
+    from weightops.files.checkpoint import Named
 
     Asked = tuple[str | os.PathLike[str], float]
 
@@ -72,12 +73,16 @@ def _check_fit(loaded: Loaded, asked: Sequence[Asked]) -> None:
     if not loaded.architecture:
         raise UsageError("--lora", f"LoRAs for {loaded.label} are not known: its architecture is not")
     report = fuse(loaded.source, *asked, dry_run=True, output=Held(loaded.label))
+    if loaded.part and loaded.like is not None:  # the other components that LoRAs change are there
+        report = fuse(loaded.like, *asked, dry_run=True, output=Held(loaded.like))
     lost: dict[tuple[str, str], list[str]] = {}
     for unused in report.account.unused:
         lost.setdefault((unused.source, unused.reason), []).append(unused.key)
     for (source, reason), keys in lost.items():
-        if source != loaded.label:
-            loaded.warnings.append(f"{source}: {len(keys):,} keys are not used: {listing(keys)}: {reason}")
+        what = "1 key is" if len(keys) == 1 else f"{len(keys):,} keys are"
+        text = f"{source}: {what} not used: {listing(keys)}: {reason}"
+        if source not in (loaded.label, loaded.like) and text not in loaded.warnings:
+            loaded.warnings.append(text)
 
 
 def _respelled(loaded: Loaded, file: str | os.PathLike[str], place: Path) -> str:
@@ -126,7 +131,8 @@ def _take_off(loaded: Loaded) -> None:
         with hushed():
             loaded.pipe.unload_lora_weights()
     if loaded.touched:
-        _write(loaded, diffusers_weights(loaded.source, loaded.label, loaded.like, None, {}, [], tokenizer=False))
+        for source, part in _sources(loaded):
+            _write(loaded, diffusers_weights(source, loaded.label, loaded.like, None, {}, [], tokenizer=False), part)
     loaded.touched, loaded.loras = False, ()
 
 
@@ -139,14 +145,24 @@ def _fuse(loaded: Loaded, loras: Sequence[Asked]) -> None:
     words = {f"torch.{name}": word for word, name in DTYPES.items()}
     # What some classes keep in float32 is not rounded on its way.
     kept = {p.dtype for network in networks(loaded.pipe).values() for p in network.parameters()} - {loaded.dtype}
-    fused = Held(loaded.label)
-    fuse(loaded.source, *loras, output=fused, dtype="fp32" if torch.float32 in kept else words[str(loaded.dtype)])
-    loaded.touched = True
-    _write(loaded, diffusers_weights(fused, loaded.label, loaded.like, None, {}, [], tokenizer=False))
+    word = "fp32" if torch.float32 in kept else words[str(loaded.dtype)]
+    for source, part in _sources(loaded):
+        if part != loaded.part and not fuse(loaded.source, *loras, dry_run=True, output=Held("")).account.unused:
+            continue
+        fused = Held(loaded.label)
+        fuse(source, *loras, output=fused, dtype=word)
+        loaded.touched = True
+        _write(loaded, diffusers_weights(fused, loaded.label, loaded.like, None, {}, [], tokenizer=False), part)
 
 
-def _write(loaded: Loaded, held: Held) -> None:
+def _sources(loaded: Loaded) -> list[tuple[Named, str]]:
+    """What the pipeline was made of, and the component that it is, if it is one: then the rest is of `like`."""
+    rest: list[tuple[Named, str]] = [(loaded.like, "")] if loaded.part and loaded.like is not None else []
+    return [(loaded.source, loaded.part), *rest]
+
+
+def _write(loaded: Loaded, held: Held, part: str) -> None:
     found = networks(loaded.pipe)
-    for component, state in states(held, loaded.part).items():
-        if component in _CHANGED and component in found:
+    for component, state in states(held, part).items():
+        if component in _CHANGED and component in found and (part or component != loaded.part):
             put(found[component], state, loaded.label)

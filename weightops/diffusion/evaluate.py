@@ -21,6 +21,7 @@ from weightops.diffusion.findings import with_each
 from weightops.diffusion.held_out import held_out_score
 from weightops.diffusion.image_records import digest_of, versions_of
 from weightops.diffusion.models import load
+from weightops.diffusion.trained_images import trained_on
 from weightops.diffusion.training_words import resolution_of
 from weightops.engine.run import Progress, ignore
 from weightops.files.checkpoint import open_checkpoint
@@ -213,7 +214,7 @@ class _Run:
             self._add(pairing.prompt_similarity(asked.generated, words.clip, self.tick, device=words.device))
         measures: list[Measure] = []
         if asked.examples is not None and loaded is not None:
-            self.report.warnings += holding.trained_on(asked.examples, asked.compared, words.trained_on)
+            self.report.warnings += trained_on(asked.examples, asked.compared, words.trained_on)
             measures.append(
                 holding.HeldOutLoss(loaded, asked.examples, asked.compared, words.fixed, self.tick)
             )  # fmt: skip

@@ -31,7 +31,6 @@ def hushed() -> Iterator[None]:
 
     Not even errors: they log some, and then go on, for one where weights are in another form than the usual.
     """
-    import logging
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -42,7 +41,7 @@ def hushed() -> Iterator[None]:
         ]  # fmt: skip
         before = [each.get_verbosity() for each in loggings]
         for each in loggings:
-            each.set_verbosity(logging.CRITICAL)
+            each.set_verbosity(each.CRITICAL)
             each.disable_progress_bar()
         try:
             yield

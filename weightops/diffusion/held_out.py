@@ -6,11 +6,9 @@ Also as a score for the variants of a merge. What the loss is, `objectives` know
 from __future__ import annotations
 
 import gc
-import json
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from weightops.diffusion.compared import BASE, curves
 from weightops.diffusion.dataset import Framing, read_examples
@@ -20,17 +18,14 @@ from weightops.diffusion.findings import Finding, mean_and_error
 from weightops.diffusion.models import load
 from weightops.diffusion.objectives import held_out_loss, objective_of
 from weightops.diffusion.page import Drawing
-from weightops.diffusion.pictures import near_duplicates
 from weightops.diffusion.tables import Table
-from weightops.diffusion.training_folder import SETTINGS
 from weightops.diffusion.training_words import RESOLUTIONS, resolution_of
-from weightops.errors import UsageError, ValueRefused, listing, printable
-from weightops.files.checkpoint import open_checkpoint
-from weightops.lineage import recipe_of
+from weightops.errors import UsageError, ValueRefused
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from weightops.diffusion.compared import Compared
     from weightops.diffusion.dataset import Examples
@@ -38,12 +33,10 @@ if TYPE_CHECKING:
     from weightops.diffusion.findings import Tick
     from weightops.diffusion.models import Loaded, LoraName
     from weightops.diffusion.objectives import HeldOut, Objective
-    from weightops.diffusion.pictures import Picture
 
 HELD_OUT = "held-out loss"
 _BANDS = 4
 _MOST_PAIRS = 1_000
-_DEPTH = 3  # folders from a checkpoint's LoRA up to that of its run
 
 _SAYS = (
     "The held-out loss is what training makes small (the squared error of what the network predicts in place of the "
@@ -202,75 +195,6 @@ def _drawn(compared: Sequence[Compared], losses: Mapping[str, HeldOut]) -> dict[
     words = "Held-out loss by steps; step 0 is the model alone"
     data = curve(lines, title=words, x="steps", y="mean loss")
     return {"held-out": Drawing(data, words)}
-
-
-# ------------------------------------------------------------------------------------------------ trained on?
-
-
-def trained_on(examples: Examples, compared: Sequence[Compared], folder: str | None) -> list[str]:
-    """Warnings, which name images that are not held out. folder: of images that were trained on, to compare with.
-
-    What a LoRA's own recipe, or the settings of its run, say of its data is one hash of all of them: so it is seen
-    whether they are the very images at hand, and not whether some of them are among these.
-    """
-    found: dict[tuple[str, ...], list[str]] = {}
-    hashes: dict[str | None, str] = {None: examples.data_hash}
-    names = [example.picture.name for example in examples.examples]
-    for one in compared:
-        told = _settings(one.file)
-        words = told.get("words")
-        prompt = words.get("instance_prompt") if isinstance(words, dict) else None
-        if isinstance(prompt, str) and prompt not in hashes:
-            hashes[prompt] = read_examples(examples.folder, where=str(examples.folder), prompt=prompt).data_hash
-        if told.get("data") == hashes.get(prompt if isinstance(prompt, str) else None):
-            found.setdefault(tuple(names), []).append(one.label)
-    warnings = [
-        f"{', '.join(map(printable, labels))}: trained on these very images, which are not held out: {listing(which)}"
-        for which, labels in found.items()
-    ]
-    if folder is not None:
-        trained = read_examples(folder, where="--trained-on", prompt="any").examples
-        warnings += _repeated([e.picture for e in examples.examples], [e.picture for e in trained])
-    return warnings
-
-
-def _settings(file: str) -> Mapping[str, Any]:
-    """What a LoRA says of its training: its own recipe, or the settings beside the checkpoint that it is of."""
-    with open_checkpoint(file) as opened:
-        recipe = recipe_of(opened.metadata)
-    if recipe is not None and "data" in recipe:
-        return recipe
-    for above in list(Path(file).parents)[:_DEPTH]:
-        try:
-            read = json.loads((above / SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(read, dict) and str(read.get("command")).startswith("train "):
-            return read
-    return {}
-
-
-def _repeated(held: Sequence[Picture], trained: Sequence[Picture]) -> list[str]:
-    """Which images are among those that were trained on, as they are or nearly."""
-    digests = {picture.digest for picture in trained}
-    same = [picture.name for picture in held if picture.digest in digests]
-    # By their looks the first of several is named: those that were trained on stand first.
-    marked = [replace(p, name=f"{n:09}") for n, p in enumerate((*trained, *held))]
-    near = [
-        held[int(other) - len(trained)].name
-        for first, other, _ in near_duplicates(marked) if int(first) < len(trained) <= int(other)
-    ]  # fmt: skip
-    alike = sorted(set(near) - set(same))
-    found = []
-    if same:
-        were = "was" if len(same) == 1 else "were"
-        what = f"{len(same):,} of {len(held):,} images {were} trained on, and not held out"
-        found.append(f"--trained-on: {what}: {listing(same)}")
-    if alike:
-        look = "looks" if len(alike) == 1 else "look"
-        what = f"{len(alike):,} of {len(held):,} images {look} like one that was trained on"
-        found.append(f"--trained-on: {what}: {listing(alike)}")
-    return found
 
 
 # ------------------------------------------------------------------------------------------------ a score

@@ -169,6 +169,10 @@ class _Reader:
         for word, parameter in parameters.items():
             if parameter.required and not words.get(word):
                 raise refused(self.label, line, f"step {name!r} says no {word}, which {verb.name} needs")
+        for other in words.get("leave_out", []) if verb.name == "page" else []:
+            if other not in before or other == name:
+                what = f"leave_out: there is no step {quote(other)} above"
+                raise refused(self.label, lines["leave_out"], what, nearest(str(other), list(before)))
         if verb.check is not None:
             try:
                 verb.check(verb, words)

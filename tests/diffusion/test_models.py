@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -144,6 +145,140 @@ def test_half_precision_and_prediction_are_as_asked(places: dict[str, Path]) -> 
     assert folder.pipe.scheduler.config.prediction_type == "v_prediction"
 
 
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_a_network_alone_takes_its_place_in_another_folder(name: str, places: dict[str, Path], tmp_path: Path) -> None:
+    part = "unet" if name == "sd15" else "transformer"
+    alone = tmp_path / "alone.safetensors"
+    weightops.convert(places[name] / part, output=alone)
+    whole, loaded = load(places[name], where="generate"), load(alone, where="generate", like=places[name])
+    assert (loaded.architecture, loaded.own) == (name, (part,))
+    assert set(loaded.hashes) == {"alone.safetensors", name}
+    assert torch.equal(image(loaded), image(whole))
+    # What changes the text encoder too is fused into all that it is for, and taken off again.
+    before, file = weights(loaded), lora(tmp_path / "lora.safetensors", whole, "loha")
+    for one in (whole, loaded):
+        wear(one, [(file, 0.7)])
+        assert [worn.way for worn in one.loras] == ["fused"]
+    changed = {key.split(".")[0] for key, tensor in weights(loaded).items() if not torch.equal(tensor, before[key])}
+    assert changed == {part, "text_encoder"}
+    assert all(torch.equal(tensor, weights(loaded)[key]) for key, tensor in weights(whole).items())
+    assert loaded.warnings == []
+    wear(loaded, ())
+    assert all(torch.equal(tensor, weights(loaded)[key]) for key, tensor in before.items())
+
+
+def test_a_network_alone_says_what_it_predicts(places: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    found = load_file(places["sd15"] / "unet" / "diffusion_pytorch_model.safetensors")
+    file = save(tmp_path / "v.safetensors", {**found, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})
+    config = load(file, where="generate", like=places["sd15"]).pipe.scheduler.config
+    assert (config.prediction_type, config.rescale_betas_zero_snr) == ("v_prediction", True)
+    asked = load(file, where="generate", like=places["sd15"], prediction="epsilon")
+    assert asked.pipe.scheduler.config.prediction_type == "epsilon"
+
+
+def test_what_is_assumed_of_a_model_is_said(tmp_path: Path) -> None:
+    folder = tiny_model("sd2", tmp_path / "sd2")
+    weightops.convert(folder, to="original", output=tmp_path / "marked.safetensors")
+    from safetensors.torch import load_file
+
+    file = save(tmp_path / "sd2.safetensors", load_file(tmp_path / "marked.safetensors"))
+    shutil.rmtree(folder / "scheduler")
+    loaded = load(file, where="generate", like=folder)
+    assert [text for text in loaded.warnings if "v_prediction is assumed" in text]
+
+
+def test_what_t5_keeps_in_float32_stays_there(places: dict[str, Path]) -> None:
+    folder = load(places["flux"], where="generate", dtype="fp16")
+    single = load(places["flux file"], where="generate", like=places["flux"], dtype="fp16")
+    wide = {key for key, tensor in weights(folder).items() if tensor.dtype == torch.float32}
+    assert wide
+    assert all(key.startswith("text_encoder_2.") and key.endswith(".wo.weight") for key in wide)
+    exact = weights(load(places["flux"], where="generate"))
+    for key, tensor in weights(single).items():
+        assert tensor.dtype == weights(folder)[key].dtype
+        assert torch.equal(tensor, exact[key].to(tensor.dtype))
+
+
+def test_files_of_one_name_are_both_named(places: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    found = load_file(places["sd15 file"])
+    for name, factor in (("a", 1.0), ("b", 1.5)):
+        (tmp_path / name).mkdir()
+        more = {key: tensor * factor if tensor.is_floating_point() else tensor for key, tensor in found.items()}
+        save(tmp_path / name / "model.safetensors", more)
+    recipe = tmp_path / "recipe.yaml"
+    files = ", ".join(f"{n}: {json.dumps(str(tmp_path / n / 'model.safetensors'))}" for n in "ab")
+    recipe.write_text(f"models: {{{files}}}\nmerge: {{weighted_sum: [a, b], weights: [0.5, 0.5]}}\n")
+    hashes = load(recipe, where="generate", like=places["sd15"]).hashes
+    assert set(hashes) == {"model.safetensors", "b/model.safetensors"}
+    assert len(set(hashes.values())) == 2
+
+
+# ------------------------------------------------------------------------------------------------ odd folders
+
+
+def odd(places: dict[str, Path], to: Path) -> Path:
+    shutil.copytree(places["sd15"], to)
+    return to
+
+
+def test_a_folder_of_half_precision_alone_is_read(places: dict[str, Path], tmp_path: Path) -> None:
+    folder = odd(places, tmp_path / "half")
+    for file in list(folder.rglob("*.safetensors")):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    assert torch.equal(image(load(folder, where="generate")), image(load(places["sd15"], where="generate")))
+
+
+def test_a_folder_may_lack_the_safety_checker_that_it_names(places: dict[str, Path], tmp_path: Path) -> None:
+    folder = odd(places, tmp_path / "folder")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert load(folder, where="generate").pipe.safety_checker is None
+
+
+def test_sd3_may_be_without_its_t5(tmp_path: Path) -> None:
+    folder = tiny_model("sd3", tmp_path / "sd3")
+    index = json.loads((folder / "model_index.json").read_text())
+    for name in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(folder / name)
+        with pytest.raises(FormatError, match=f"sd3: its model_index.json names '{name}', of which there is no folder"):
+            load(folder, where="generate")
+        index[name] = [None, None]
+        (folder / "model_index.json").write_text(json.dumps(index))
+    assert load(folder, where="generate").pipe.text_encoder_3 is None
+
+
+def test_a_folder_that_lacks_something_is_refused(places: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for name in ("unet", "vae", "tokenizer", "scheduler"):
+        folder = odd(places, tmp_path / name)
+        shutil.rmtree(folder / name)
+        with pytest.raises(FormatError, match=f"{name}: its model_index.json names '{name}', of which there is no"):
+            load(folder, where="generate")
+    folder = odd(places, tmp_path / "words")
+    for file in (folder / "tokenizer").iterdir():
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    with pytest.raises(FormatError, match=r"words: its tokenizer has \d tokens, its text encoder 514: files of it are"):
+        load(folder, where="generate")
+    for name, file, key in (
+        ("unet", "diffusion_pytorch_model.safetensors", "conv_out.bias"),
+        ("text_encoder", "model.safetensors", "text_model.encoder.layers.0.layer_norm1.weight"),
+    ):
+        folder = odd(places, tmp_path / f"cut {name}")
+        found = load_file(folder / name / file)
+        del found[key]
+        save_file(found, folder / name / file)
+        with pytest.raises(FormatError, match=rf"its {name} lacks 1 tensor: '[\w.]*{key.removeprefix('text_model.')}'"):
+            load(folder, where="generate")
+
+
 # ------------------------------------------------------------------------------------------------ LoRAs
 
 
@@ -208,6 +343,31 @@ def test_what_is_worn_is_what_was_asked_for_last(places: dict[str, Path], tmp_pa
     assert torch.equal(image(loaded), plain)
 
 
+def test_what_is_made_with_a_lora_at_one_strength_is_kept_apart_from_another(
+    places: dict[str, Path], tmp_path: Path
+) -> None:
+    from weightops.diffusion.cache import hash_of_network
+
+    loaded = load(places["sd15"], where="generate")
+    file, found = lora(tmp_path / "lora.safetensors", loaded), []
+    for strength in (0.5, 1.0, 0.5):
+        wear(loaded, [(file, strength)])
+        found.append(hash_of_network(loaded.pipe.text_encoder))
+    assert found[0] == found[2] != found[1]
+
+
+def test_keys_without_a_use_are_said_once(places: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    loaded = load(places["sd15"], where="generate")
+    found = load_file(lora(tmp_path / "lora.safetensors", loaded))
+    file = save(tmp_path / "more.safetensors", {**found, "bundle_emb.word.string_to_param.*": torch.ones(1, 64)})
+    for strength in (0.5, 1.0):
+        wear(loaded, [(file, strength)])
+    assert len(loaded.warnings) == 1
+    assert "1 key is not used: 'bundle_emb.word.string_to_param.*'" in loaded.warnings[0]
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -243,6 +403,14 @@ def test_a_lora_for_another_model_is_refused(places: dict[str, Path], tmp_path: 
 def test_words_that_mean_nothing_are_refused(places: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="--dtype: found 'fp8', expected auto, fp32, fp16, bf16"):
         load(places["sd15"], where="generate", dtype="fp8")
+    with pytest.raises(UsageError, match="--prediction: found 'noise', expected epsilon or v_prediction"):
+        load(places["sd15"], where="generate", prediction="noise")
+    with pytest.raises(UsageError, match=r"--prediction: found epsilon, but .*flux is trained by flow matching"):
+        load(places["flux"], where="generate", prediction="epsilon")
+    with pytest.raises(UsageError, match=r"x: cannot be read: File name too long|x: no such file|x: .*too long"):
+        load("x" * 300, where="generate")
+    with pytest.raises(MismatchError, match="flux: is not for this model: of its components none are of the class"):
+        load(places["sd15"] / "unet", where="generate", like=places["flux"])
     with pytest.raises(UsageError, match="--like: no such folder: nowhere"):
         load(places["sd15 file"], where="generate", like="nowhere")
 

@@ -41,9 +41,10 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def models(dtype: torch.dtype = torch.float16) -> dict[str, dict[str, Tensor]]:
-    """A tiny Flux and two that were made of it, in files a, b and c."""
-    base = weights(tiny(FLUX), torch.float32)
+def models(dtype: torch.dtype = torch.float16, *, blocks: int = 2) -> dict[str, dict[str, Tensor]]:
+    """A tiny Flux, of so many blocks of a kind, and two that were made of it, in files a, b and c."""
+    shapes = {k: s for k, s in tiny(FLUX).items() if blocks == 2 or "_blocks.1." not in k}
+    base = weights(shapes, torch.float32)
     found = {}
     for number, name in enumerate("abc"):
         generator = torch.Generator().manual_seed(number)
@@ -203,7 +204,7 @@ TREES = {
 @pytest.mark.parametrize("tree", TREES)
 def test_the_bytes_do_not_depend_on_memory_or_threads(tree: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where looks and what they are for are tasks of their own: with blocks so small that tensors have many."""
-    models()
+    models(blocks=1)
     monkeypatch.setattr(chunks, "BLOCK_VALUES", 1 << 13)
     written = {
         bytes_of(TREES[tree](), memory=memory << 20, threads=threads)
@@ -217,7 +218,7 @@ def test_the_bytes_do_not_depend_on_memory_or_threads(tree: str, monkeypatch: py
 @pytest.mark.parametrize("tree", ["ties", "slerp"])
 def test_many_blocks_are_one(tree: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a look finds is of the whole tensor, however it is cut."""
-    models()
+    models(blocks=1)
     whole = made(TREES[tree]())[1]
     monkeypatch.setattr(chunks, "BLOCK_VALUES", 1 << 13)
     cut = made(TREES[tree]())[1]
@@ -227,7 +228,7 @@ def test_many_blocks_are_one(tree: str, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("tree", ["ties", "slerp"])
 def test_packed_projections_are_merged_as_if_they_were_apart(tree: str) -> None:
     """A method that looks at whole tensors gives the same whether a file packs q, k and v or not."""
-    given = models()
+    given = models(blocks=1)
     _, packed = made(TREES[tree]())
     apart = to_canonical("flux_transformer", "original", packed)
     for name, tensors in given.items():
@@ -240,7 +241,7 @@ def test_packed_projections_are_merged_as_if_they_were_apart(tree: str) -> None:
 
 
 def test_a_method_that_draws_depends_on_its_seed_alone() -> None:
-    models()
+    models(blocks=1)
     first, again = (bytes_of(TREES["dare"](), seed=1) for _ in range(2))
     assert first == again
     assert bytes_of(TREES["dare"](), seed=2) != first
@@ -266,7 +267,7 @@ def words_for(method: MergeMethod) -> tuple[list[str], dict[str, Any]]:
 @pytest.mark.parametrize("name", [name for name, m in METHODS if m.name not in ("add", "difference")])
 def test_every_method_merges_files_and_is_as_it_is_alone(name: str) -> None:
     """Through slots, parts and packs as on whole tensors; --verify, which does it again, agrees."""
-    given = models()
+    given = models(blocks=1)
     save(Path("d.safetensors"), {k: (v.float() * 0.9 + 0.01).half() for k, v in given["a"].items()})
     method = METHODS.get(name)
     files, words = words_for(method)

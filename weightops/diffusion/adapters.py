@@ -73,7 +73,7 @@ def _check_fit(loaded: Loaded, asked: Sequence[Asked]) -> None:
     if not loaded.architecture:
         raise UsageError("--lora", f"LoRAs for {loaded.label} are not known: its architecture is not")
     report = fuse(loaded.source, *asked, dry_run=True, output=Held(loaded.label))
-    if loaded.part and loaded.like is not None:  # the other components that LoRAs change are there
+    if loaded.own and loaded.like is not None:  # the other components that LoRAs change are there
         report = fuse(loaded.like, *asked, dry_run=True, output=Held(loaded.like))
     lost: dict[tuple[str, str], list[str]] = {}
     for unused in report.account.unused:
@@ -131,8 +131,8 @@ def _take_off(loaded: Loaded) -> None:
         with hushed():
             loaded.pipe.unload_lora_weights()
     if loaded.touched:
-        for source, part in _sources(loaded):
-            _write(loaded, diffusers_weights(source, loaded.label, loaded.like, None, {}, [], tokenizer=False), part)
+        for source, own in _sources(loaded):
+            _write(loaded, diffusers_weights(source, loaded.label, loaded.like, None, {}, [], tokenizer=False), own)
     loaded.touched, loaded.loras = False, ()
 
 
@@ -146,23 +146,23 @@ def _fuse(loaded: Loaded, loras: Sequence[Asked]) -> None:
     # What some classes keep in float32 is not rounded on its way.
     kept = {p.dtype for network in networks(loaded.pipe).values() for p in network.parameters()} - {loaded.dtype}
     word = "fp32" if torch.float32 in kept else words[str(loaded.dtype)]
-    for source, part in _sources(loaded):
-        if part != loaded.part and not fuse(loaded.source, *loras, dry_run=True, output=Held("")).account.unused:
+    for source, own in _sources(loaded):
+        if own != loaded.own and not fuse(loaded.source, *loras, dry_run=True, output=Held("")).account.unused:
             continue
         fused = Held(loaded.label)
         fuse(source, *loras, output=fused, dtype=word)
         loaded.touched = True
-        _write(loaded, diffusers_weights(fused, loaded.label, loaded.like, None, {}, [], tokenizer=False), part)
+        _write(loaded, diffusers_weights(fused, loaded.label, loaded.like, None, {}, [], tokenizer=False), own)
 
 
-def _sources(loaded: Loaded) -> list[tuple[Named, str]]:
-    """What the pipeline was made of, and the component that it is, if it is one: then the rest is of `like`."""
-    rest: list[tuple[Named, str]] = [(loaded.like, "")] if loaded.part and loaded.like is not None else []
-    return [(loaded.source, loaded.part), *rest]
+def _sources(loaded: Loaded) -> list[tuple[Named, tuple[str, ...]]]:
+    """What the pipeline was made of, with its own components where they are not all: then the rest is of `like`."""
+    rest: list[tuple[Named, tuple[str, ...]]] = [(loaded.like, ())] if loaded.own and loaded.like is not None else []
+    return [(loaded.source, loaded.own), *rest]
 
 
-def _write(loaded: Loaded, held: Held, part: str) -> None:
+def _write(loaded: Loaded, held: Held, own: tuple[str, ...]) -> None:
     found = networks(loaded.pipe)
-    for component, state in states(held, part).items():
-        if component in _CHANGED and component in found and (part or component != loaded.part):
+    for component, state in states(held, own).items():
+        if component in _CHANGED and component in found and (own or component not in loaded.own):
             put(found[component], state, loaded.label)

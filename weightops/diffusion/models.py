@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from weightops.diffusion.extras import hushed, need
 from weightops.engine.run import Progress, ignore
-from weightops.errors import FormatError, MemoryRefused, MismatchError, NetworkError, UsageError, WeightopsError, quote
+from weightops.errors import (
+    FormatError,
+    MemoryRefused,
+    MismatchError,
+    NetworkError,
+    UsageError,
+    WeightopsError,
+    listing,
+    quote,
+)
 from weightops.files.checkpoint import open_checkpoint
 from weightops.files.held import Held
 from weightops.merging.recipe import Model, Recipe
@@ -24,7 +33,7 @@ from weightops.ops.merge import merge, read_recipe
 from weightops.ops.prediction import KINDS, prediction_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Container, Iterable, Mapping, Sequence
 
     import torch
 
@@ -67,7 +76,7 @@ class Loaded:
     dtype: torch.dtype
     source: Named
     like: str | None = None
-    part: str = ""  # the one network that `source` holds, where it holds no more
+    own: tuple[str, ...] = ()  # the components of `source`, where it lacks some, which are those of `like`
     hashes: dict[str, str] = field(default_factory=dict)
     loras: tuple[Worn, ...] = ()
     touched: bool = False  # are the weights others than those of `source`?
@@ -109,23 +118,21 @@ def load(
         kind = _dtype(dtype, place, architecture, opened)
         _check_room(opened, label, kind, place)
         whole = opened.container == "diffusers" and not isinstance(source, Held)
-        variant = "fp16" if any(".fp16." in path.name for path in _paths(opened)) else None
         said = prediction_of(opened, architecture, None, asked=prediction, like=None)
-    part = ""
+    own: tuple[str, ...] = ()
     with hushed():
         if whole:
-            pipe = _from_folder(str(source), label, kind, variant)
+            pipe = _from_folder(str(source), label, kind)
             hashes |= _hashes(str(source), label)
         else:
             made = diffusers_weights(source, label, like, prediction, hashes, warnings, on_progress)
-            part = "" if any("/" in file.path for file in made.files) else _part(made, like, label)
-            pipe = _from_weights(made, label, like, part, kind, hashes)
+            own = _own_components(made, like, label)
+            pipe = _from_weights(made, label, like, own, kind, hashes)
     _check_tokenizers(pipe, label)
-    theirs = not whole and "model_index.json" not in made.extras  # the scheduler is that of `like`
-    if said is not None and ((whole and prediction is not None) or (theirs and said.by)):
+    if said is not None and ((whole and prediction is not None) or (own and said.by)):
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **said.scheduler)
     loaded = Loaded(
-        pipe, architecture, label, _torch_device(place), _torch_dtype(kind), source, like, part, hashes,
+        pipe, architecture, label, _torch_device(place), _torch_dtype(kind), source, like, own, hashes,
         warnings=warnings,
     )  # fmt: skip
     settle(loaded)
@@ -321,12 +328,20 @@ def _pipelines() -> Any:
 # ------------------------------------------------------------------------------------------------ a whole folder
 
 
-def _from_folder(folder: str, label: str, kind: str, variant: str | None) -> Any:
+def _from_folder(folder: str, label: str, kind: str, parts: Mapping[str, Any] | None = None) -> Any:
+    """The pipeline of a folder, these parts in place of its own. Raises FormatError, MemoryRefused."""
+    parts = {} if parts is None else parts
+    with open_checkpoint(folder) as opened:
+        others = {name: None for name in _left_out(opened, folder, label) if name not in parts}
+        # Many folders hold half precision alone, under this name.
+        variant = "fp16" if any(".fp16." in path.name for path in _paths(opened)) else None
     given = {"dtype": _torch_dtype(kind), "variant": variant, "local_files_only": True}
     try:
-        return _pipelines().from_pretrained(folder, **_left_out(folder, label), **given)
+        pipe = _pipelines().from_pretrained(folder, **parts, **others, **given)
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError, ImportError) as e:
         raise _not_loaded(label, e) from None
+    _check_read(pipe, folder, label, but=parts)
+    return pipe
 
 
 def _not_loaded(label: str, error: Exception) -> WeightopsError:
@@ -337,24 +352,44 @@ def _not_loaded(label: str, error: Exception) -> WeightopsError:
     return FormatError(label, f"diffusers cannot load it: {' '.join(str(error).split())[:300]}")
 
 
-def _left_out(folder: str, label: str) -> dict[str, None]:
+def _left_out(opened: Checkpoint, folder: str, label: str) -> list[str]:
     """What the pipeline of a folder is to be made without. Raises FormatError where it lacks what it cannot be without.
 
     A safety checker may be missing; what else model_index.json names may not.
     """
-    with open_checkpoint(folder) as opened:
-        index = opened.json_beside("model_index.json") or {}
-    found: dict[str, None] = {}
+    index = opened.json_beside("model_index.json") or {}
+    found = []
     for name, value in index.items():
         if not (isinstance(value, list) and len(value) == 2 and name.isidentifier() and name[0] != "_"):
             continue
         if value[0] is None:
-            found |= {name: None} if name in _OPTIONAL else {}
+            found += [name] if name in _OPTIONAL else []
         elif not Path(folder, name).is_dir():
             if name not in _SAFETY or "safety_checker" not in index:
                 raise FormatError(label, f"its model_index.json names {quote(name)}, of which there is no folder")
-            found[name] = None
+            found.append(name)
     return found
+
+
+def _check_read(pipe: Any, folder: str, label: str, *, but: Container[str]) -> None:
+    """Refuse a folder that lacks weights: the libraries leave some empty, and fill others with random numbers.
+
+    but: components that are not of this folder. Raises FormatError.
+    """
+    with open_checkpoint(folder) as opened:
+        tensors = opened.tensors
+    for component, network in networks(pipe).items():
+        if component in but:
+            continue
+        lacks = [name for name, parameter in network.named_parameters() if parameter.is_meta]
+        if type(network).__name__.startswith(("CLIPText", "T5Encoder")):
+            spelled: dict[int, list[str]] = {}  # a tied weight has several names, of which a file may hold one
+            for name, parameter in network.named_parameters(remove_duplicate=False):
+                spelled.setdefault(id(parameter), []).extend(_spellings(name))
+            lacks += [n[0] for n in spelled.values() if not any(f"{component}.{name}" in tensors for name in n)]
+        if lacks:
+            what = f"its {component} lacks {len(lacks):,} tensor{'' if len(lacks) == 1 else 's'}: {listing(lacks)}"
+            raise FormatError(label, what, "it may be cut short or mangled")
 
 
 def _check_tokenizers(pipe: Any, label: str) -> None:
@@ -441,10 +476,18 @@ def _fetch_tokenizers(source: Named) -> None:
                 break
 
 
-def _part(held: Held, like: str | None, label: str) -> str:
-    """Which component of the folder `like` a network alone takes the place of. Raises MismatchError."""
-    if like is None:
-        raise _not_whole(label)
+def _own_components(held: Held, like: str | None, label: str) -> tuple[str, ...]:
+    """What is held of a pipeline whose other components are those of the folder `like`; () if it is whole.
+
+    A network alone takes the place of the component that has its class. Raises MismatchError.
+    """
+    if "model_index.json" in held.extras:
+        return ()
+    if like is None or not Path(like, "model_index.json").is_file():
+        what = "is no whole pipeline: it lacks components that one needs to make images"
+        raise MismatchError(label, what, "--like FOLDER takes the others of a diffusers folder")
+    if any("/" in file.path for file in held.files):
+        return tuple(states(held))
     kind = json.loads(held.extras["config.json"]).get("_class_name")
     with open_checkpoint(like) as opened:
         index = opened.json_beside("model_index.json") or {}
@@ -452,22 +495,15 @@ def _part(held: Held, like: str | None, label: str) -> str:
     if len(found) != 1:
         what = f"is not for this model: of its components {len(found) or 'none'} are of the class {quote(str(kind))}"
         raise MismatchError(like, what, f"name a diffusers folder into which {label} fits")
-    return found[0]
+    return (found[0],)
 
 
-def _not_whole(label: str) -> MismatchError:
-    what = "is no whole pipeline: it lacks components that one needs to make images"
-    return MismatchError(label, what, "--like FOLDER takes the others of a diffusers folder")
-
-
-def _from_weights(held: Held, label: str, like: str | None, part: str, kind: str, hashes: dict[str, str]) -> Any:
-    """A pipeline of what is held, which is that `part` alone, if one is named; the rest is of the folder `like`."""
-    small = dict(held.extras)
-    others: dict[str, None] = {}
-    if "model_index.json" not in small:
-        if like is None or not Path(like, "model_index.json").is_file():
-            raise _not_whole(label)
-        others = _left_out(like, like)
+def _from_weights(
+    held: Held, label: str, like: str | None, own: Sequence[str], kind: str, hashes: dict[str, str]
+) -> Any:  # fmt: skip
+    """A pipeline of what is held: its `own` components, if they are not all; the rest is of the folder `like`."""
+    small = held.extras
+    if own and like is not None:
         hashes |= {name: hashed for name, hashed in _hashes(like, like).items() if name not in hashes}
     with tempfile.TemporaryDirectory(prefix="weightops-") as name:
         folder = Path(name)
@@ -475,25 +511,26 @@ def _from_weights(held: Held, label: str, like: str | None, part: str, kind: str
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(data)
         parts = {
-            component: _network(folder if component == part else folder / component, component, state, label, kind)
-            for component, state in states(held, part).items()
+            component: _network(folder if "config.json" in small else folder / component, component, state, label, kind)
+            for component, state in states(held, own).items()
         }
-        others = {name: None for name in others if name not in parts}
-        root = str(folder) if "model_index.json" in small else str(like)
+        if own and like is not None:
+            return _from_folder(like, like, kind, parts)
         try:
-            return _pipelines().from_pretrained(root, **parts, **others, dtype=_torch_dtype(kind), local_files_only=True)
+            return _pipelines().from_pretrained(str(folder), **parts, dtype=_torch_dtype(kind), local_files_only=True)
         except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError, ImportError) as e:
             raise _not_loaded(label, e) from None
 
 
-def states(held: Held, part: str = "") -> dict[str, dict[str, torch.Tensor]]:
-    """Each component's weights by their names in it, over the bytes that are held. part: the one that there is."""
+def states(held: Held, own: Sequence[str] = ()) -> dict[str, dict[str, torch.Tensor]]:
+    """Each component's weights by their names in it, over the bytes that are held. own: what a network alone is."""
     from weightops.engine.tensors import as_tensor
 
     found: dict[str, dict[str, torch.Tensor]] = {}
     names = held.names()
+    alone = None if any("/" in file.path for file in held.files) else own[0]
     for key, spec in held.specs.items():
-        component, _, name = names[key].partition(".") if not part else (part, "", names[key])
+        component, _, name = names[key].partition(".") if alone is None else (alone, "", names[key])
         start, stop = held.places[key]
         found.setdefault(component, {})[name] = as_tensor(held.data[start:stop], spec)
     return found

@@ -158,28 +158,42 @@ class _Reader:
         if self.tiny:
             said_words, lines = said_words | own, lines | tiny_lines
         named = _Named(self.label, self.tiny, name, inputs, before, all_)
+        words = self._values(said_words, lines, verb, named)
+        self._check_together(words, lines, verb, named, line)
+        title, text = (self.text(said.value.get(key), key) for key in ("title", "text"))
+        return Step(name, line, verb, words, lines, title or name.replace("_", " ").replace("-", " "), text)
+
+    def _values(
+        self, said: Mapping[str, Said], lines: Mapping[str, int], verb: Verb, named: _Named
+    ) -> dict[str, Any]:  # fmt: skip
+        """What each word is, of a kind that its parameter takes; null is a word that is not said."""
         words, parameters = {}, words_of(verb)
-        for word, value in said_words.items():
-            if value.value is not None:
-                words[word] = wrapped(named.plain(value), parameters[word])
-                wrong = misfit(words[word], parameters[word])
-                if wrong is not None:
-                    raise refused(self.label, lines[word], f"{word}: found {value.shown}, expected {wrong}")
-                self._check_files(words[word], parameters[word], lines[word])
-        for word, parameter in parameters.items():
+        for word, value in said.items():
+            if value.value is None:
+                continue
+            words[word] = wrapped(named.plain(value), parameters[word])
+            wrong = misfit(words[word], parameters[word])
+            if wrong is not None:
+                raise refused(self.label, lines[word], f"{word}: found {value.shown}, expected {wrong}")
+            self._check_files(words[word], parameters[word], lines[word])
+        return words
+
+    def _check_together(
+        self, words: Mapping[str, Any], lines: Mapping[str, int], verb: Verb, named: _Named, line: int
+    ) -> None:  # fmt: skip
+        """Refuse what is missing, and what the verb itself can say is wrong."""
+        for word, parameter in words_of(verb).items():
             if parameter.required and not words.get(word):
-                raise refused(self.label, line, f"step {name!r} says no {word}, which {verb.name} needs")
+                raise refused(self.label, line, f"step {named.step!r} says no {word}, which {verb.name} needs")
         for other in words.get("leave_out", []) if verb.name == "page" else []:
-            if other not in before or other == name:
+            if other not in named.before:
                 what = f"leave_out: there is no step {quote(other)} above"
-                raise refused(self.label, lines["leave_out"], what, nearest(str(other), list(before)))
+                raise refused(self.label, lines["leave_out"], what, nearest(other, list(named.before)))
         if verb.check is not None:
             try:
                 verb.check(verb, words)
             except WeightopsError as e:
-                raise refused(self.label, line, f"step {name!r}: {e}", e.hint) from None
-        title, text = (self.text(said.value.get(key), key) for key in ("title", "text"))
-        return Step(name, line, verb, words, lines, title or name.replace("_", " ").replace("-", " "), text)
+                raise refused(self.label, line, f"step {named.step!r}: {e}", e.hint) from None
 
     def _check_files(self, value: Any, parameter: Parameter, line: int) -> None:
         """Files stand under inputs: what else is named would not be seen to change."""

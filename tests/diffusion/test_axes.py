@@ -165,6 +165,11 @@ def test_what_is_no_number_is_refused(said: str) -> None:
     assert error.endswith("expected numbers as 0,0.5,1 or 0..1:5 (five of them, both ends among them) or 0,0.25..1")
 
 
+def test_a_count_too_large_is_told_the_most() -> None:
+    assert refusal(lambda: parse_values("0..1:101"))[0] == "--values: found '0..1:101', expected at most 100 numbers"
+    assert refusal(lambda: parse_values("0..1:100000"))[0].endswith("expected at most 100 numbers")
+
+
 def test_a_value_stands_once() -> None:
     assert refusal(lambda: parse_values("0.1,1e-1"))[0] == "--values: found 0.1 twice"
 

@@ -17,7 +17,7 @@ from weightops.diffusion.tiny import tiny_model, tiny_vae
 from weightops.errors import FormatError, MemoryRefused, MismatchError, NetworkError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from weightops.diffusion.models import Loaded
@@ -57,6 +57,10 @@ def weights(loaded: Loaded) -> dict[str, torch.Tensor]:
         for part, network in networks(loaded.pipe).items()
         for name, tensor in network.state_dict().items()
     }
+
+
+def equal(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(a, second[key]) for key, a in first.items())
 
 
 def layers(loaded: Loaded) -> Iterator[tuple[str, Any]]:
@@ -103,7 +107,7 @@ def test_a_folder_and_its_single_file_make_the_same_image(name: str, places: dic
     folder = load(places[name], where="generate")
     single = load(places[f"{name} file"], where="generate", like=places[name])
     assert folder.architecture == single.architecture == name
-    assert all(torch.equal(a, weights(single)[k]) for k, a in weights(folder).items())
+    assert equal(weights(folder), weights(single))
     assert torch.equal(image(folder), image(single))
     assert not any(p.requires_grad for network in networks(folder.pipe).values() for p in network.parameters())
     assert not any(network.training for network in networks(folder.pipe).values())
@@ -119,7 +123,7 @@ def test_a_recipe_is_merged_in_memory_as_on_the_disk(places: dict[str, Path], tm
         f"models: {{a: {json.dumps(a)}, b: {json.dumps(b)}}}\nmerge: {{weighted_sum: [a, b], weights: [0.7, 0.3]}}\n"
     )
     ours, theirs = load(recipe, where="generate"), load(tmp_path / "merged", where="generate")
-    assert all(torch.equal(tensor, weights(theirs)[key]) for key, tensor in weights(ours).items())
+    assert equal(weights(ours), weights(theirs))
     assert set(ours.hashes) == {"sd15", "other"}
 
 
@@ -161,19 +165,19 @@ def test_a_network_alone_takes_its_place_in_another_folder(name: str, places: di
         assert [worn.way for worn in one.loras] == ["fused"]
     changed = {key.split(".")[0] for key, tensor in weights(loaded).items() if not torch.equal(tensor, before[key])}
     assert changed == {part, "text_encoder"}
-    assert all(torch.equal(tensor, weights(loaded)[key]) for key, tensor in weights(whole).items())
+    assert equal(weights(whole), weights(loaded))
     assert loaded.warnings == []
     wear(loaded, ())
-    assert all(torch.equal(tensor, weights(loaded)[key]) for key, tensor in before.items())
+    assert equal(weights(loaded), before)
 
 
 def test_a_network_alone_says_what_it_predicts(places: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     found = load_file(places["sd15"] / "unet" / "diffusion_pytorch_model.safetensors")
-    file = save(tmp_path / "v.safetensors", {**found, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})
-    config = load(file, where="generate", like=places["sd15"]).pipe.scheduler.config
-    assert (config.prediction_type, config.rescale_betas_zero_snr) == ("v_prediction", True)
+    file = save(tmp_path / "v.safetensors", {**found, "v_pred": torch.zeros(0)})
+    said = load(file, where="generate", like=places["sd15"])
+    assert said.pipe.scheduler.config.prediction_type == "v_prediction"
     asked = load(file, where="generate", like=places["sd15"], prediction="epsilon")
     assert asked.pipe.scheduler.config.prediction_type == "epsilon"
 
@@ -196,9 +200,9 @@ def test_what_t5_keeps_in_float32_stays_there(places: dict[str, Path]) -> None:
     assert wide
     assert all(key.startswith("text_encoder_2.") and key.endswith(".wo.weight") for key in wide)
     exact = weights(load(places["flux"], where="generate"))
-    for key, tensor in weights(single).items():
-        assert tensor.dtype == weights(folder)[key].dtype
-        assert torch.equal(tensor, exact[key].to(tensor.dtype))
+    dtypes = {key: tensor.dtype for key, tensor in weights(folder).items()}
+    assert equal(weights(single), {key: tensor.to(dtypes[key]) for key, tensor in exact.items()})
+    assert dtypes == {key: tensor.dtype for key, tensor in weights(single).items()}
 
 
 def test_files_of_one_name_are_both_named(places: dict[str, Path], tmp_path: Path) -> None:
@@ -325,7 +329,7 @@ def test_other_families_are_fused_and_said_to_be(
     assert (wanted - plain).abs().max() > 1e-3
     wear(loaded, [])
     assert loaded.loras == ()
-    assert all(torch.equal(tensor, weights(loaded)[key]) for key, tensor in before.items())
+    assert equal(weights(loaded), before)
     assert torch.equal(image(loaded), plain)
 
 

@@ -144,6 +144,21 @@ def test_pixels_survive_in_both_forms(tmp_path: Path) -> None:
     assert abs(read.astype(int) - frames).mean() < 6
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_an_mp4_that_ffmpeg_cannot_write_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(words: list[str], **more: Any) -> Any:
+        return popen([*words[:-1], "-f", "mpegts", "/dev/full"], **more)
+
+    popen = module.subprocess.Popen
+    monkeypatch.setattr(module.subprocess, "Popen", full)
+    with pytest.raises(OutputError, match=r"^a\.mp4: cannot be written: No space left on device$"):
+        generate_video("cat.png", **SMALL, output="a.mp4")
+    assert sorted(path.name for path in Path().iterdir()) == ["cat.png", "svd"]
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("fps", [1, 7, 24, 30, 50])
 def test_a_gif_runs_as_long_as_its_frames_say(fps: int) -> None:
     Path("a.gif").write_bytes(encode_gif(moving(), fps, "{}"))

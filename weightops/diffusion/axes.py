@@ -256,9 +256,11 @@ def parse_values(said: str | Sequence[float]) -> list[float]:
         high, colon, count = high.partition(":")
         first, last = _number(low), _number(high)
         if colon:
-            if not (count.isascii() and count.isdecimal() and len(count) < 4 and int(count) >= 2):
+            if not (count.isascii() and count.isdecimal() and len(count) < 10 and int(count) >= 2):
                 raise UsageError("--values", f"found {quote(word)}, expected {_SAYS}")
             steps = int(count)
+            if steps > MAX_COLUMNS:
+                raise UsageError("--values", f"found {quote(word)}, expected at most {MAX_COLUMNS} numbers")
             found += [first + (last - first) * n / (steps - 1) for n in range(steps)]
             continue
         step = first - found[-1] if found else Fraction(0)

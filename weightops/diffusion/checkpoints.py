@@ -49,6 +49,11 @@ def name_of(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """How many steps are done in it."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def lora_in(checkpoint: Path, dialect: str) -> Path:
     """Where a checkpoint's LoRA is: a file, or PEFT's folder."""
     return checkpoint / ("lora" if dialect == "peft" else "lora.safetensors")
@@ -161,7 +166,7 @@ def _damaged(path: Path, error: Exception) -> FormatError:
 
 def check_settings(work: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with another run's checkpoints: names every word that differs. Raises UsageError."""
-    names = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+    names = [name for name in dict.fromkeys([*now, *before]) if before.get(name) != now.get(name)]
     if names:
         said = [f"{name} was {quote(before.get(name), 60)}, and is {quote(now.get(name), 60)}" for name in names[:5]]
         more = "" if len(names) <= 5 else f" (and {len(names) - 5:,} more)"

@@ -107,11 +107,13 @@ def _unknown(target: str, sizes: Mapping[str, Any], network: str) -> UsageError:
     ends: dict[str, None] = {}
     for name in sizes:
         words = name.split(".")
-        # An end that begins with a number is no name: to_out.0, but not 0.
-        ends |= dict.fromkeys(".".join(words[n:]) for n in range(len(words)) if not words[n].isdecimal())
+        for n in range(len(words)):
+            # Numbers of blocks say nothing here; one at the end belongs to the name: to_out.0.
+            if not any(word.isdecimal() for word in words[n:-1]) and not words[n].isdecimal():
+                ends[".".join(words[n:])] = None
     near = difflib.get_close_matches(target, ends, n=3)
-    short = [name for name in ends if name.count(".") <= 1 and not any(w.isdecimal() for w in name.split(".")[:-1])]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(dict.fromkeys(short[:12]))} …"
+    short = sorted(ends, key=lambda name: name.count("."))[:12]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(short)} …"
     what = f"no linear layer or convolution of the {network} has a name that ends in {quote(target)}"
     return UsageError("--targets", what, hint)
 

@@ -82,7 +82,8 @@ def checked(prompt: Prompt, where: dict[str, str]) -> Prompt:
     )
     for name, value, least, most in bounds:
         if value is not None and not least <= value <= most:
-            raise UsageError(where[name], f"found {value:g}, expected {least:,} to {most:,}")
+            found = f"{value:,}" if isinstance(value, int) else f"{value:g}"
+            raise UsageError(where[name], f"found {found}, expected {least:,} to {most:,}")
     return prompt
 
 

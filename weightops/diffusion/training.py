@@ -202,10 +202,12 @@ class Training:
 
         if self.processes.count == 1:
             return
-        rows = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        # What no loss depends on has no gradient, in no process: an optimizer leaves it alone.
+        learning = [parameter for parameter in self._parameters if parameter.grad is not None]
+        rows = [parameter.grad for parameter in learning if parameter.grad is not None]
         whole = self.processes.sum(torch.cat([row.reshape(-1) for row in rows]))
         parts = torch.split(whole, [row.numel() for row in rows])
-        for parameter, part in zip(self._parameters, parts, strict=True):
+        for parameter, part in zip(learning, parts, strict=True):
             parameter.grad = part.reshape(parameter.shape).clone()
 
     # ------------------------------------------------------------------ its state

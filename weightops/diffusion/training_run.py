@@ -104,6 +104,7 @@ class Run:
         told = Told(base, title, _ss(words, course, self.examples, resolution), _recipe(settings), resolution)
         # Whether the dialect can hold it is better found out now than after the last step.
         write_lora(lora, told, self.target, dialect=words.dialect, steps=0, epoch=0, force=self.force, dry_run=True)
+        found = self._newest(settings)
         groups = [(lora.parameters(encoding.denoiser), words.lr or 0.0)]
         if encoders:
             groups.append((lora.parameters(*encoders), words.text_encoder_lr or 0.0))
@@ -118,7 +119,7 @@ class Run:
             loaded, encoding, objective, encoded, lora, words, course, processes, optimizer, schedule
         )  # fmt: skip
         self.place.told = told
-        resumed_at = self._begin(training, settings)
+        resumed_at = self._begin(training, settings, found)
         self._steps(training)
         written = self._finish(training, lora, told) if processes.is_main else 0
         warnings = (*loaded.warnings, *self.examples.warnings, *encoded.warnings, *self.warnings)
@@ -185,24 +186,28 @@ class Run:
 
     # ------------------------------------------------------------------ its steps
 
-    def _begin(self, training: Training, settings: Mapping[str, Any]) -> int:
-        """A new folder, or the state of the newest checkpoint; how many steps are done."""
-        main = self.processes.is_main
+    def _newest(self, settings: Mapping[str, Any]) -> Path | None:
+        """The checkpoint to go on from, if that was asked for. Raises UsageError where it is of another run."""
         if not self.resume:
-            if main:
-                self.place.begin(settings)
-        else:
-            free = _LENGTH if self.words.schedule in ENDLESS else frozenset()
-            found = self.place.newest_for(settings, free)
-            state = checkpoints.load(found)
-            if state.step > training.course.steps:
-                what = f"{found.name} has more steps than the {training.course.steps:,} that are asked for"
-                raise UsageError("--resume", what)
-            training.restore(state, where=str(found))
+            return None
+        free = _LENGTH if self.words.schedule in ENDLESS else frozenset()
+        found = self.place.newest_for(settings, free)
+        if checkpoints.step_of(found) > settings["steps"]:
+            what = f"{found.name} has more steps than the {settings['steps']:,} that are asked for"
+            raise UsageError("--resume", what)
+        return found
+
+    def _begin(self, training: Training, settings: Mapping[str, Any], found: Path | None) -> int:
+        """A new folder, or the state of a checkpoint; how many steps are done."""
+        if found is not None:
+            training.restore(checkpoints.load(found), where=str(found))
             # Nothing is changed until all have read it.
             self.processes.wait()
-            if main:
-                self.place.go_on(settings, state.step)
+        if self.processes.is_main:
+            if found is None:
+                self.place.begin(settings)
+            else:
+                self.place.go_on(settings, training.step)
         self.processes.wait()
         return training.step
 

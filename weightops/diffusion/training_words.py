@@ -112,7 +112,9 @@ class Words:
             given,
             alpha=alpha,
             conv_alpha=conv_alpha,
-            text_encoder_lr=given.text_encoder_lr or (given.lr if given.train_text_encoder else None),
+            text_encoder_lr=given.lr
+            if given.text_encoder_lr is None and given.train_text_encoder
+            else given.text_encoder_lr,
             schedule="constant_with_warmup" if given.schedule == "constant" and given.warmup else given.schedule,
             dtype=_dtype(given),
         )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import os
+import subprocess
 import time
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -27,7 +30,6 @@ from weightops.files.writer import check_target, part_name
 from weightops.ops.report import peak_memory_bytes
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
@@ -195,7 +197,8 @@ def _check_words(shooting: Shooting, form: str) -> None:
     )  # fmt: skip
     for option, value, least, highest in bounds:
         if value is not None and not least <= value <= highest:
-            what = f"found {value:g}, expected {least:,} to {highest:,}"
+            found = f"{value:,}" if isinstance(value, int) else f"{value:g}"
+            what = f"found {found}, expected {least:,} to {highest:,}"
             raise UsageError(option, f"{what}{' in a GIF' if option == '--fps' and form == 'gif' else ''}")
 
 
@@ -371,27 +374,34 @@ def encode_gif(pixels: np.ndarray, fps: int, comment: str) -> bytes:
 
 
 def _write_mp4(path: Path, pixels: np.ndarray, fps: int, comment: str) -> None:
-    """H.264 as every browser plays it, good enough that the loss is not seen. Raises OutputError."""
+    """H.264 as every browser plays it, good enough that the loss is not seen. Raises OSError with what ffmpeg says."""
     import imageio_ffmpeg  # type: ignore[import-untyped]
 
-    size = (pixels.shape[2], pixels.shape[1])
-    more = [
-        "-crf", "17", "-preset", "slow", "-movflags", "+faststart",
+    words = [
+        imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error",
+        "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{pixels.shape[2]}x{pixels.shape[1]}", "-r", str(fps), "-i", "-",
+        "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "17", "-preset", "slow", "-movflags", "+faststart",
         # The colours of HD, said so: players guess by the size, and guess differently.
         "-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709",
         "-color_trc", "bt709",
         # Without ffmpeg's version and the time of day in the file.
-        "-fflags", "+bitexact", "-flags:v", "+bitexact",
+        "-fflags", "+bitexact", "-flags:v", "+bitexact", "-metadata", f"comment={comment}", str(path),
     ]  # fmt: skip
-    writer = imageio_ffmpeg.write_frames(
-        str(path), size, fps=fps, codec="libx264", quality=None, macro_block_size=2, pix_fmt_out="yuv420p",
-        output_params=[*more, "-metadata", f"comment={comment}"], ffmpeg_log_level="error",
-    )  # fmt: skip
-    try:
-        writer.send(None)
-        for frame in pixels:
-            writer.send(frame.tobytes())
-    except (OSError, RuntimeError) as e:
-        raise OutputError(str(path), f"ffmpeg refuses it: {' '.join(str(e).split())[:200]}") from None
-    finally:
-        writer.close()
+    # imageio's own writer does not tell whether ffmpeg could write the file.
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as ffmpeg:
+        assert ffmpeg.stdin is not None
+        assert ffmpeg.stderr is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                for frame in pixels:
+                    ffmpeg.stdin.write(frame.tobytes())
+                ffmpeg.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):
+                ffmpeg.stdin.close()
+            said = ffmpeg.stderr.read().decode(errors="replace")
+        except BaseException:
+            ffmpeg.kill()
+            raise
+    if ffmpeg.returncode != 0:
+        full = os.strerror(errno.ENOSPC)
+        raise OSError(full if full in said else f"ffmpeg refuses it: {' '.join(said.split())[:200]}")

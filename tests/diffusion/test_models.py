@@ -439,3 +439,23 @@ def test_a_file_without_tokenizers_says_where_they_come_from(
     with pytest.raises(UsageError, match="the pipeline needs a tokenizer, and none is at hand") as raised:
         load(places["sd15 file"], where="generate")
     assert raised.value.hint == "--like FOLDER takes it from a diffusers folder or hf://owner/name"
+
+
+def test_tokenizers_are_looked_for_wherever_the_table_says(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository that is a tokenizer, without a folder for it, is asked for no file of an empty folder's."""
+    asked: list[tuple[str, list[str]]] = []
+
+    def fetch(repository: str, *, allow_patterns: list[str], **_: Any) -> str:
+        asked.append((repository, allow_patterns))
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with pytest.raises(UsageError, match="the pipeline needs a tokenizer, and none is at hand"):
+        load(places["sd15 file"], where="generate")
+    assert [repository for repository, _ in asked][-1] == "openai/clip-vit-large-patch14"
+    assert "vocab.json" in asked[-1][1]
+    assert "tokenizer/vocab.json" in asked[0][1]
+    assert not any("*" in name for _, names in asked for name in names)

@@ -668,3 +668,13 @@ def test_the_examples_are_whole(path: Path, tmp_path: Path) -> None:
     assert set(states(report).values()) == {"would run"}
     with pytest.raises(UsageError, match=r"line \d+: input .* is not there"):
         study(path, output=tmp_path / "out")
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("inputs: {a: {tiny: sd15}}\nsteps: {looked: {inspect: {path: $a}}}\n")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"a cat")
+    with pytest.raises(UsageError, match="photos: holds files, and is no study's folder"):
+        study(path, tiny=True, output=tmp_path / "photos")
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.png"]

@@ -184,3 +184,16 @@ def test_importing_it_costs_nothing_heavy() -> None:
     program = "import sys, weightops.diffusion.tiny; print(sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not {"torch", "diffusers", "transformers", "PIL"} & set(done.stdout.replace("'", " ").split())
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("diffusers.models.modeling_utils.safetensors.torch.save_file", full)
+    with pytest.raises(OutputError, match="vae: cannot be written: .*No space left on device"):
+        tiny_vae(tmp_path / "vae")
+    assert list(tmp_path.iterdir()) == []

@@ -173,7 +173,7 @@ def test_a_target_that_is_none_is_named_with_its_neighbours(target: str, what: s
 # ------------------------------------------------------------------------------------------------ a dry run
 
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("sd15", {"conv_rank": 2, "train_text_encoder": True, "dora": True}),
+    ("sd15", {"conv_rank": 2, "targets": ("attn2.to_k", "conv1"), "train_text_encoder": True, "dora": True}),
     ("sdxl", {"targets": ("to_v", "proj_in"), "rank": 2}),
     ("sd3", {}),
     ("flux", {"train_text_encoder": True}),
@@ -360,7 +360,8 @@ def test_a_dry_run_on_the_command_line_writes_nothing(tmp_path: Path, monkeypatc
     done = command("text-to-image", images(), "--model", model("sdxl"), "--dry-run", "--train-text-encoder", "-v")
     assert done.code == 0
     assert "600 steps, 150 epochs of 4; 1024 × 1024 pixels" in done.out
-    assert "\nmemory: 44.6 MB for the model's weights, " in done.out
+    frozen = 4 * inspect(model("sdxl")).parameters / 1e6
+    assert f"\nmemory: {frozen:.1f} MB for the model's weights, 2.3 MB for the LoRA and its optimizer; " in done.out
     assert "would write sprites-4-lora.safetensors, and sprites-4-lora-train beside it" in done.out
     assert list(tmp_path.iterdir()) == []
 

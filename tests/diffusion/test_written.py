@@ -97,8 +97,6 @@ CASES = {
     ("sd15", "onetrainer"): True,
     ("sdxl", "kohya"): True,
     ("sdxl", "diffusers"): True,
-    ("sdxl", "peft"): False,
-    ("sdxl", "comfy"): False,
     ("sdxl", "onetrainer"): True,
     ("flux", "kohya"): False,  # it takes every model for one of the released size
     ("flux", "diffusers"): True,

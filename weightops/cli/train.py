@@ -218,13 +218,13 @@ def _said(report: TrainReport, *, verbose: bool) -> None:
         out.print(printable(text), soft_wrap=True)
 
     settings = report.settings
-    images = f"{report.images:,} images" + (f" and {report.class_images:,} of the class" if report.class_images else "")
+    images = f"{report.images:,} image{'s' * (report.images != 1)}" + (f" and {report.class_images:,} of the class" if report.class_images else "")
     what = f"{report.modules:,} modules, {report.parameters:,} parameters, rank {settings['rank']}, "
     out.print(printable(f"{report.kind}, {images}: {what}alpha {settings['alpha']:g}"), style="bold", soft_wrap=True)
-    epochs = f"{report.epochs:.4g} epochs of {report.steps_per_epoch:,}"
+    epochs = f"{report.epochs:.4g} epoch{'s' * (report.epochs != 1)} of {report.steps_per_epoch:,}"
     together = f", by {report.processes} processes" if report.processes > 1 else ""
     width, height = settings["resolution"][1], settings["resolution"][0]
-    line(f"{report.steps:,} steps, {epochs}{together}; {width} × {height} pixels")
+    line(f"{report.steps:,} step{'s' * (report.steps != 1)}, {epochs}{together}; {width} × {height} pixels")
     if verbose:
         for name, value in settings.items():
             if value not in (None, {}, []):

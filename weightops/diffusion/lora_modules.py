@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,12 @@ def choose_modules(sizes: Mapping[str, tuple[int, ...]], shape: Shape, *, networ
             found.append(Module(name, size, rank, alpha))
     if shape.conv_rank is not None and not any(module.is_large for module in found):
         raise UsageError("--conv-rank", f"found no convolution larger than 1x1 to train in the {network}")
+    for option, large in (("--rank", False), ("--rank" if shape.conv_rank is None else "--conv-rank", True)):
+        those = [module for module in found if module.is_large == large]
+        most = max((min(m.size[0], math.prod(m.size[1:])) for m in those), default=0)
+        if those and min(m.rank for m in those) > most:
+            what = f"found {those[0].rank:,}, but no module of the {network} that is to train can have more than {most:,}"
+            raise UsageError(option, what)
     return found
 
 

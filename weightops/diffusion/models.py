@@ -29,6 +29,7 @@ from weightops.naming.identify import identify
 from weightops.naming.keymap import ARCHITECTURES
 from weightops.ops.components import members_of
 from weightops.ops.convert import convert
+from weightops.ops.folders import TOKENIZER
 from weightops.ops.merge import merge, read_recipe
 from weightops.ops.prediction import KINDS, prediction_of
 
@@ -468,11 +469,11 @@ def _fetch_tokenizers(source: Named) -> None:
     for places in (pipeline.tokenizers if pipeline is not None else {}).values():
         for place in places:
             owner, name, *folders = place.split("/")
-            inside = "/".join(folders)
-            if isinstance(try_to_load_from_cache(f"{owner}/{name}", f"{inside}/tokenizer_config.json"), str):
+            files = ["/".join([*folders, file]) for file in TOKENIZER]
+            if any(isinstance(try_to_load_from_cache(f"{owner}/{name}", file), str) for file in files):
                 break
             with contextlib.suppress(Exception):  # whatever it is, convert says that no tokenizer is at hand
-                huggingface_hub.snapshot_download(f"{owner}/{name}", allow_patterns=f"{inside}/*", etag_timeout=5)
+                huggingface_hub.snapshot_download(f"{owner}/{name}", allow_patterns=files, etag_timeout=5)
                 break
 
 

@@ -341,13 +341,27 @@ def _new(folder: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
     try:
-        yield made
+        with _told(target):
+            yield made
         made.chmod(0o777 & ~_umask())
         if target.exists():
             target.rmdir()
         made.replace(target)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _told(target: Path) -> Iterator[None]:
+    """A disk that is full, or that may not be written, in one line; the format's library has a kind of its own."""
+    try:
+        yield
+    except OSError as e:
+        raise OutputError(str(target), f"cannot be written: {e.strerror or e}") from None
+    except Exception as e:
+        if type(e).__name__ != "SafetensorError":
+            raise
+        raise OutputError(str(target), f"cannot be written: {' '.join(str(e).split())[:160]}") from None
 
 
 def _umask() -> int:

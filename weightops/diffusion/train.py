@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass, field, fields
@@ -20,7 +21,7 @@ from weightops.diffusion.training_memory import enough_memory, peak
 from weightops.diffusion.training_plan import plan_training
 from weightops.diffusion.training_run import Run, course_of
 from weightops.diffusion.training_words import RESOLUTIONS, Words, resolution_of
-from weightops.errors import UsageError, quote
+from weightops.errors import OutputError, UsageError, quote
 from weightops.files.writer import check_target
 
 if TYPE_CHECKING:
@@ -165,7 +166,9 @@ def train(
     }  # fmt: skip
     words = Words(**{f.name: asked[f.name] for f in fields(Words)}).settled()
     settings_of(words, optimizer_class(words.optimizer))
-    target = _target(output, folder, words, force=force)
+    # What the run wrote when it ended before is its own, to be replaced by what more steps make.
+    target = _target(output, folder, words, force=force or resume)
+    _check_inputs(target, [model, *(place for place in (vae, like) if place is not None)])
     place = Folder(
         target.with_name(target.name.removesuffix(".safetensors") + "-train"), dialect, None, tuple(sample_prompt),
         sample_every, sample_steps, checkpoint_every, keep_checkpoints, log_every,
@@ -182,7 +185,7 @@ def train(
     run = Run(
         words, examples, target, place, processes,
         Path(class_folder) if class_folder is not None else place.path / "class-images",
-        None if cache is None else Path(cache), resume, force, gradient_checkpointing, on_progress,
+        None if cache is None else Path(cache), resume, force or resume, gradient_checkpointing, on_progress,
     )  # fmt: skip
     with enough_memory(words, place.path, gradient_checkpointing=gradient_checkpointing):
         loaded = load(
@@ -214,6 +217,19 @@ def _target(
         raise UsageError(str(target), "the output's name must end in .safetensors")
     check_target(target, 0, force=force, inputs=(), folder=is_folder)
     return target
+
+
+def _check_inputs(target: Path, inputs: Sequence[str | os.PathLike[str]]) -> None:
+    """Refuse to write the LoRA over what it is trained on, or over a folder of something else, whatever --force says."""
+    if not target.exists():
+        return
+    for place in inputs:
+        with contextlib.suppress(OSError):
+            if os.path.samefile(target, place):  # noqa: PTH121 - a label may be hf://…
+                what = "is also an input, and an input is never written"
+                raise OutputError(str(target), what, "choose another name")
+    if target.is_dir() and any(target.iterdir()) and not list(target.rglob("adapter_config.json")):
+        raise OutputError(str(target), "holds something else than a PEFT adapter", "choose another name")
 
 
 def _check_counts(place: Folder, class_folder: Any, words: Words) -> None:

@@ -27,7 +27,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _VERSION = "0.30.0"
 
 # A tokenizer's files, as far as they are there.
-_TOKENIZER = (
+TOKENIZER = (
     "added_tokens.json",
     "merges.txt",
     "special_tokens_map.json",
@@ -298,7 +298,7 @@ def _tokenizer(name: str, architecture: Architecture, like: Checkpoint | None) -
 def _is_tokenizer(name: str, files: Mapping[str, bytes]) -> bool:
     """Is one of the known vocabularies whole, or is there something else, of which we know nothing?"""
     whole = any(all(f"{name}/{file}" in files for file in needed) for needed in _VOCABULARIES)
-    return whole or any(path.removeprefix(f"{name}/") not in _TOKENIZER for path in files)
+    return whole or any(path.removeprefix(f"{name}/") not in TOKENIZER for path in files)
 
 
 def _cached(name: str, source: str) -> dict[str, bytes]:
@@ -307,7 +307,7 @@ def _cached(name: str, source: str) -> dict[str, bytes]:
 
     owner, repository, *folders = source.split("/")
     files: dict[str, bytes] = {}
-    for file in _TOKENIZER:
+    for file in TOKENIZER:
         found = try_to_load_from_cache(f"{owner}/{repository}", "/".join([*folders, file]))
         if isinstance(found, str):
             data = Checkpoint(source, "folder", [], {}, place=Path(found).parent).bytes_beside(file)

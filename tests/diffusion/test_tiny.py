@@ -194,6 +194,6 @@ def test_a_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     monkeypatch.setattr("diffusers.models.modeling_utils.safetensors.torch.save_file", full)
-    with pytest.raises(OutputError, match="vae: cannot be written: .*No space left on device"):
+    with pytest.raises(OutputError, match=r"vae: cannot be written: .*No space left on device"):
         tiny_vae(tmp_path / "vae")
     assert list(tmp_path.iterdir()) == []

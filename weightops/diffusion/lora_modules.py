@@ -100,7 +100,7 @@ def choose_modules(sizes: Mapping[str, tuple[int, ...]], shape: Shape, *, networ
         those = [module for module in found if module.is_large == large]
         most = max((min(m.size[0], math.prod(m.size[1:])) for m in those), default=0)
         if those and min(m.rank for m in those) > most:
-            what = f"found {those[0].rank:,}, but no module of the {network} that is to train can have more than {most:,}"
+            what = f"found {those[0].rank:,}, but no module of the {network} that trains can have more than {most:,}"
             raise UsageError(option, what)
     return found
 

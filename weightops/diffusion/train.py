@@ -220,7 +220,7 @@ def _target(
 
 
 def _check_inputs(target: Path, inputs: Sequence[str | os.PathLike[str]]) -> None:
-    """Refuse to write the LoRA over what it is trained on, or over a folder of something else, whatever --force says."""
+    """Refuse to write the LoRA over what it is trained on, or over a folder of something else, even with --force."""
     if not target.exists():
         return
     for place in inputs:

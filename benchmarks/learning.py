@@ -88,8 +88,9 @@ def bench(folder: Path, args: argparse.Namespace) -> int:
                 checkpoint_every=max(1, args.steps // 2), cache=folder / "cache", **LORA,
             )  # fmt: skip
             losses = {0: without[style]}
-            for path in report.checkpoints:
+            for path in report.checkpoints[:-1]:
                 losses[int(path.rpartition("-")[2])] = measured(style, Path(path, "lora.safetensors"))
+            losses[args.steps] = measured(style, output)
             own[style].append(losses)
             other[elsewhere].append(measured(elsewhere, output))
             print(f"{style}, seed {seed}: {losses[args.steps]:.4f}, {percent(losses[args.steps], without[style])}")
@@ -99,8 +100,11 @@ def bench(folder: Path, args: argparse.Namespace) -> int:
         for style in STYLES
         for seed, losses in enumerate(own[style])
     }
-    curve(series, title="Held-out denoising loss, by the steps of an adapter on its own style", x="step",
-          y="mean squared error", path=picture)  # fmt: skip
+    for style in STYLES:
+        ends = [without[style], statistics.mean(other[style])]
+        series[f"{style}, adapters of the other style"] = ([0, args.steps], ends)
+    title = "Held-out denoising loss on two styles, by the steps of an adapter"
+    curve(series, title=title, x="step", y="mean squared error", path=picture)
     verdict = show(without, own, other, args.steps)
     figures = {"base": without, "own": own, "other": other, "seconds": time.perf_counter() - began}
     (folder / "learning.json").write_text(json.dumps(figures, indent=2) + "\n")
@@ -112,7 +116,7 @@ def show(
     without: dict[str, float], own: dict[str, list[dict[int, float]]], other: dict[str, list[float]], steps: int
 ) -> bool:
     """A row for each style; and is the goal reached?"""
-    print(f"\n{'held-out loss on':20}{'base':>8}{'own adapter (of seeds)':>36}{'the other style’s':>28}")
+    print(f"\n{'held-out loss on':20}{'base':>8}{'own adapter (of seeds)':>36}{'of the other style':>28}")
     reached = True
     for style, base in without.items():
         ends = [losses[steps] for losses in own[style]]
@@ -132,6 +136,7 @@ class Measure:
 
     def __init__(self, loaded: Loaded, folder: Path) -> None:
         self.loaded = loaded
+        self.worn: Path | None = None
         self.encoding, self.objective = encoding_of(loaded, where="learning"), objective_of(loaded)
         self.encoded = {
             style: encode(loaded, read_examples(folder / f"{style}-held-out", where=style).examples, FRAMING)
@@ -139,7 +144,9 @@ class Measure:
         }
 
     def __call__(self, style: str, adapter: Path | None) -> float:
-        wear(self.loaded, [] if adapter is None else [adapter])
+        if adapter != self.worn:
+            wear(self.loaded, [] if adapter is None else [adapter])
+            self.worn = adapter
         encoded = self.encoded[style]
         return held_out_loss(
             self.loaded, self.encoding, encoded, self.objective, pairs=8, seed=3, batch=16
@@ -180,7 +187,7 @@ def average(vae: Any) -> None:
     """Have the encoder average: red, green and blue of 8 x 8 pixels; and of their luminance the quarters, crosswise.
 
     What a residual block adds is zero, so that each value passes them by. Each feature stands there with its negative:
-    a group norm of two channels then takes no mean away, and a SiLU is undone by the difference, SiLU(x) - SiLU(-x) = x.
+    a group norm of two channels then takes no mean away, and a difference undoes the SiLU: SiLU(x) - SiLU(-x) = x.
     """
     import torch
 

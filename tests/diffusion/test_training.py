@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -22,6 +23,9 @@ from weightops.diffusion.processes import Processes
 from weightops.diffusion.sprites import sprites
 from weightops.diffusion.training import Course, Training, put_off
 from weightops.errors import Interrupted, MemoryRefused, UsageError, ValueRefused
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
+from commandline import weightops_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -371,3 +375,40 @@ def test_any_other_error_is_ours_and_keeps_its_traceback(tmp_path: Path) -> None
     broken = mock.patch.object(Training, "gradients", side_effect=RuntimeError("shapes"))
     with broken, pytest.raises(RuntimeError, match="shapes"):
         train(tmp_path / "lora.safetensors")
+
+
+def test_sigterm_on_the_command_line_keeps_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    applied = Training.apply
+
+    def struck(self: Training, mean: float) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return applied(self, mean)
+
+    monkeypatch.chdir(tmp_path)
+    words = ("text-to-image", images(), "--model", model("flux"), "--resolution", 64, "--steps", 3, "--device", "cpu")
+    with mock.patch.object(Training, "apply", struck):
+        done = weightops_here("train", *words, "-o", "lora.safetensors")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.splitlines() == [
+        "error: train: stopped by SIGTERM after step 1 of 3, which is kept in lora-train",
+        "hint: --resume, beside the same words, goes on from there",
+    ]
+    assert weightops_here("train", *words, "-o", "lora.safetensors", "--resume").code == 0
+    assert (tmp_path / "lora.safetensors").is_file()
+
+
+# ------------------------------------------------------------------------------------------------ the benchmark
+
+
+def test_the_benchmark_of_learning_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its figures are not judged here; three minutes of it are: see README."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    import learning
+
+    words = ["--folder", str(tmp_path), "--pretrain", "1", "--steps", "1", "--seeds", "1", "--images", "2"]
+    assert learning.main(words) in (0, 1)
+    assert "held-out loss on" in capsys.readouterr().out
+    assert (tmp_path / "learning.png").is_file()
+    found = json.loads((tmp_path / "learning.json").read_text())
+    assert set(found["own"]) == set(found["other"]) == set(found["base"]) == {"striped", "dusk"}
+    assert list(found["own"]["dusk"][0]) == ["0", "1"]

@@ -218,13 +218,14 @@ def _said(report: TrainReport, *, verbose: bool) -> None:
         out.print(printable(text), soft_wrap=True)
 
     settings = report.settings
-    images = f"{report.images:,} image{'s' * (report.images != 1)}" + (f" and {report.class_images:,} of the class" if report.class_images else "")
-    what = f"{report.modules:,} modules, {report.parameters:,} parameters, rank {settings['rank']}, "
+    images = _counted(report.images, "image")
+    images += f" and {report.class_images:,} of the class" if report.class_images else ""
+    what = f"{_counted(report.modules, 'module')}, {report.parameters:,} parameters, rank {settings['rank']}, "
     out.print(printable(f"{report.kind}, {images}: {what}alpha {settings['alpha']:g}"), style="bold", soft_wrap=True)
     epochs = f"{report.epochs:.4g} epoch{'s' * (report.epochs != 1)} of {report.steps_per_epoch:,}"
     together = f", by {report.processes} processes" if report.processes > 1 else ""
     width, height = settings["resolution"][1], settings["resolution"][0]
-    line(f"{report.steps:,} step{'s' * (report.steps != 1)}, {epochs}{together}; {width} × {height} pixels")
+    line(f"{_counted(report.steps, 'step')}, {epochs}{together}; {width} × {height} pixels")
     if verbose:
         for name, value in settings.items():
             if value not in (None, {}, []):
@@ -244,7 +245,11 @@ def _said(report: TrainReport, *, verbose: bool) -> None:
     for entry in report.inputs:
         line(f"read   {entry['path']}" + (f"  {entry['hash']}" if verbose else ""))
     render.wrote(report.output, report.bytes_written)
-    count = len(report.checkpoints)
-    line(f"       beside it {report.folder}: {count} checkpoint{'s'[: count != 1]}, {len(report.samples)} samples")
+    beside = f"{_counted(len(report.checkpoints), 'checkpoint')}, {_counted(len(report.samples), 'sample')}"
+    line(f"       beside it {report.folder}: {beside}")
     peak = f", peak memory {report.peak_memory_bytes / 2**20:,.0f} MiB" if report.peak_memory_bytes else ""
     out.print(f"       {report.seconds:.1f} s on {report.device}{peak}", style="dim")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"

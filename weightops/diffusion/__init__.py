@@ -1,1 +1,1 @@
-"""The thin diffusers layer: captions, LoRA training, sampling, evaluation. Extras bring the libraries that do the work."""
+"""The thin diffusers layer: captions, LoRA training, sampling, evaluation; extras bring the libraries beneath it."""

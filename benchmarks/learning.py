@@ -6,8 +6,8 @@
 A base is made first: the tiny SD1.5, whose UNet learns sprites of one style ("plain") from nothing. Its autoencoder is
 made by hand, for random weights would forget the colours: the mean colour of 8 x 8 pixels, and how much their quarters
 differ crosswise. Then LoRAs are trained on it, by `weightops train`, on 64 sprites of each of two other styles, with
-three seeds; from each run's checkpoints the loss is measured on 16 sprites that were in no run, at 8 timesteps, always
-on the same noise: of the adapter's own style, and at the end of the other one.
+three seeds; as each goes on, the loss is measured on 16 sprites that were in no run, at 8 timesteps, always on the same
+noise: of the adapter's own style, and at the end of the other one.
 
 It ends with exit code 1 where an adapter's loss is not 20 % below the base's on its own style, or not below that of
 each adapter that was trained on the other style.
@@ -57,6 +57,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=100, help="steps of each adapter (default: 100)")
     parser.add_argument("--seeds", type=int, default=3, help="runs for each style (default: 3)")
     parser.add_argument("--images", type=int, default=64, help="sprites to learn from (default: 64)")
+    parser.add_argument("--held-out", type=int, default=16, help="sprites to measure on (default: 16)")
+    parser.add_argument("--pairs", type=int, default=8, help="timesteps to measure at (default: 8)")
     args = parser.parse_args(words)
     import torch
 
@@ -72,11 +74,11 @@ def bench(folder: Path, args: argparse.Namespace) -> int:
     for style in (PLAIN, *STYLES):
         sprites(folder / style, count=args.images, seed=1, style=style)
     for style in STYLES:
-        sprites(folder / f"{style}-held-out", count=16, seed=2, style=style)
+        sprites(folder / f"{style}-held-out", count=args.held_out, seed=2, style=style)
     base = make_base(folder, args.pretrain)
     print(f"the base has learnt {PLAIN} sprites for {args.pretrain} steps ({time.perf_counter() - began:.0f} s)")
     loaded = load(base, where="learning", device="cpu")
-    measured = Measure(loaded, folder)
+    measured = Measure(loaded, folder, args.pairs)
     without = {style: measured(style, None) for style in STYLES}
     own: dict[str, list[dict[int, float]]] = {style: [] for style in STYLES}
     other: dict[str, list[float]] = {style: [] for style in STYLES}
@@ -134,8 +136,9 @@ def percent(found: float, base: float) -> str:
 class Measure:
     """The held-out loss on a style's pictures, with an adapter's file on the model or without."""
 
-    def __init__(self, loaded: Loaded, folder: Path) -> None:
+    def __init__(self, loaded: Loaded, folder: Path, pairs: int) -> None:
         self.loaded = loaded
+        self.pairs = pairs
         self.worn: Path | None = None
         self.encoding, self.objective = encoding_of(loaded, where="learning"), objective_of(loaded)
         self.encoded = {
@@ -147,10 +150,10 @@ class Measure:
         if adapter != self.worn:
             wear(self.loaded, [] if adapter is None else [adapter])
             self.worn = adapter
-        encoded = self.encoded[style]
-        return held_out_loss(
-            self.loaded, self.encoding, encoded, self.objective, pairs=8, seed=3, batch=16
-        ).mean  # fmt: skip
+        found = held_out_loss(
+            self.loaded, self.encoding, self.encoded[style], self.objective, pairs=self.pairs, seed=3, batch=16
+        )  # fmt: skip
+        return found.mean
 
 
 # ------------------------------------------------------------------------------------------------ the base

@@ -143,7 +143,7 @@ def test_words_that_change_nothing_that_is_learnt_may_differ(done: Path, tmp_pat
     shutil.copytree(done, tmp_path / "run")
     report = train(
         tmp_path / "run/lora.safetensors", schedule="cosine", resume=True, force=True, log_every=5, keep_checkpoints=1,
-        gradient_checkpointing=True, checkpoint_every=1, cache=tmp_path / "cache",
+        gradient_checkpointing=True, checkpoint_every=1, cache=tmp_path / "cache", preset="style", batch=1, flip=False,
     )  # fmt: skip
     assert report.resumed_at == 2
     assert report.first_loss is not None

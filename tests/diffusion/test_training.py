@@ -16,6 +16,7 @@ import pytest
 import torch
 from trained import images, model, quietly, train, train_and_look
 
+from weightops.diffusion import train as verb
 from weightops.diffusion import training
 from weightops.diffusion.checkpoints import load as load_checkpoint
 from weightops.diffusion.models import load, networks
@@ -210,6 +211,20 @@ def test_images_of_the_class_are_made_where_they_are_missing_and_are_the_same_on
     assert twice.first_loss == pytest.approx(learnt + 2 * kept, rel=1e-5)
 
 
+def test_images_of_one_class_are_not_taken_for_those_of_another(tmp_path: Path) -> None:
+    """Beside the checkpoints, where an earlier run may have left some."""
+    words: dict[str, Any] = {
+        "kind": "dreambooth", "instance_prompt": "a sks toy", "class_images": 1, "sample_steps": 1, "steps": 1,
+        "force": True,
+    }  # fmt: skip
+    made = [
+        train(tmp_path / "lora.safetensors", class_prompt=prompt, seed=3, **words).class_images_made
+        for prompt in ("a toy", "a tree", "a toy")
+    ]
+    assert made == [1, 1, 0]
+    assert len(list((tmp_path / "lora-train").glob("class-images-*/*.png"))) == 2
+
+
 def test_a_class_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "class").mkdir()
     (tmp_path / "class/notes.txt").write_text("no images")
@@ -261,6 +276,47 @@ def test_sixteen_bits_and_recomputing_learn_nearly_the_same(tmp_path: Path) -> N
     assert half.report.loss != plain.report.loss
     again = train(tmp_path / "c.safetensors", lr=1e-3, gradient_checkpointing=True)
     assert again.loss == plain.report.loss
+
+
+@pytest.fixture
+def _half_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 is refused where there is no GPU: slow as it is, its losses are scaled here, too."""
+    monkeypatch.setattr(verb, "_meet", lambda device, words: (Processes(), "cpu"))
+
+
+@pytest.mark.usefixtures("_half_on_the_processor")
+def test_in_fp16_losses_are_scaled_and_the_scale_is_kept(tmp_path: Path) -> None:
+    words: dict[str, Any] = {"mixed_precision": "fp16", "steps": 3, "lr": 1e-3, "schedule": "linear"}
+    for folder in ("whole", "broken"):
+        (tmp_path / folder).mkdir()
+    whole, broken = tmp_path / "whole/lora.safetensors", tmp_path / "broken/lora.safetensors"
+    train(whole, **words)
+    plain = train(tmp_path / "plain.safetensors", **{**words, "mixed_precision": "no"})
+
+    def show(what: str, done: int, _total: int, _loss: float | None) -> None:
+        if (what, done) == ("training", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        train(broken, **words, on_progress=show)
+    again = train(broken, **words, resume=True)
+    assert broken.read_bytes() == whole.read_bytes()
+    assert load_checkpoint(Path(again.checkpoints[-1])).scaler["_growth_tracker"] == 3
+    assert again.loss == pytest.approx(plain.loss, rel=0.01)
+
+
+@pytest.mark.usefixtures("_half_on_the_processor")
+def test_a_step_whose_scaled_gradients_overflow_is_left_out(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    with mock.patch.object(torch.amp, "GradScaler", return_value=scaler):
+        run = train_and_look(
+            tmp_path / "lora.safetensors", mixed_precision="fp16", steps=2, lr=0.5, schedule="linear"
+        )  # fmt: skip
+    assert scaler.get_scale() == 2.0**38
+    assert not any(tensor.any() for key, tensor in run.lora.state().items() if "lora_B" in key)
+    assert [line.split(",")[2] for line in (tmp_path / "lora-train/loss.csv").read_text().splitlines()[1:]] == [
+        "0.5"
+    ] * 2
 
 
 def test_samples_are_of_the_same_noise_and_change_with_the_lora(tmp_path: Path) -> None:
@@ -405,8 +461,8 @@ def test_the_benchmark_of_learning_runs_at_toy_size(tmp_path: Path, capsys: pyte
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     import learning
 
-    words = ["--folder", str(tmp_path), "--pretrain", "1", "--steps", "1", "--seeds", "1", "--images", "2"]
-    assert learning.main(words) in (0, 1)
+    words = ["--pretrain", "1", "--steps", "1", "--seeds", "1", "--images", "2", "--held-out", "2", "--pairs", "1"]
+    assert learning.main(["--folder", str(tmp_path), *words]) in (0, 1)
     assert "held-out loss on" in capsys.readouterr().out
     assert (tmp_path / "learning.png").is_file()
     found = json.loads((tmp_path / "learning.json").read_text())

@@ -154,7 +154,7 @@ def text_to_image(folder: str, as_json: bool, quiet: bool, verbose: bool, **rest
 @click.argument("folder", metavar="DIR")
 @click.option("--instance-prompt", metavar="TEXT", required=True, help="For all images: a photo of sks cat.")
 @click.option("--class-prompt", metavar="TEXT", help="Keep what the model makes of this: a photo of a cat.")
-@click.option("--class-folder", metavar="DIR", help="Images of that.  [default: class-images beside the checkpoints]")
+@click.option("--class-folder", metavar="DIR", help="Images of that.  [default: one beside the checkpoints]")
 @click.option("--class-images", type=int, metavar="N", help="So many; the model makes what is missing.  [default: 100]")
 @click.option("--prior-weight", type=float, metavar="X", default=1.0, show_default=True, help="Of their loss.")
 @_base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,5 +59,6 @@ def join(*, cpu: bool) -> Processes:
         return Processes()
     from accelerate import PartialState
 
-    state = PartialState(cpu=cpu)
+    # The first may make images, or fill a cache, while the others wait.
+    state = PartialState(cpu=cpu, timeout=timedelta(hours=6))
     return Processes(state.process_index, state.num_processes, state.local_process_index)

@@ -183,8 +183,7 @@ def train(
     place.check(resume=resume, force=force)
     processes, device = _meet(device, words)
     run = Run(
-        words, examples, target, place, processes,
-        Path(class_folder) if class_folder is not None else place.path / "class-images",
+        words, examples, target, place, processes, None if class_folder is None else Path(class_folder),
         None if cache is None else Path(cache), resume, force or resume, gradient_checkpointing, on_progress,
     )  # fmt: skip
     with enough_memory(words, place.path, gradient_checkpointing=gradient_checkpointing):

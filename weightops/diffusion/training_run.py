@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 # What is going on (its name, how much is done, of how much), and of a step its loss.
 Progress = Callable[[str, int, int, float | None], None]
 
-# Where the schedule does not look ahead, a run may be made longer when it goes on.
+# Words that a run may say otherwise when it goes on. A preset's own words are compared.
+_FREE = frozenset({"preset"})
+# And where the schedule does not look ahead, a run may be made longer.
 _LENGTH = frozenset({"steps", "epochs"})
 
 
@@ -59,9 +62,8 @@ class Done:
 
 @dataclass(slots=True)
 class Run:
-    """What a run has before the model is there. class_folder: where images of the class are, or are to be.
-
-    made: how many of them the model has made.
+    """What a run has before the model is there. class_folder: where images of the class are, or are to be; None: beside
+    the checkpoints, in a folder of those that this model makes of these words. made: how many of them it has made.
     """
 
     words: Words
@@ -69,7 +71,7 @@ class Run:
     target: Path
     place: Folder
     processes: Processes
-    class_folder: Path
+    class_folder: Path | None
     cache: Path | None
     resume: bool
     force: bool
@@ -149,25 +151,34 @@ class Run:
         words = self.words
         if words.class_prompt is None:
             return
+        folder = self.class_folder
+        if folder is None:
+            made_of = sorted(loaded.hashes.values()), words.class_prompt, words.seed, words.dtype, resolution
+            said = hashlib.sha256(repr((made_of, self.place.sample_steps)).encode()).hexdigest()
+            folder = self.place.path / f"class-images-{said[:8]}"
         if self.processes.is_main:
             self.made = class_images(
-                loaded, self.class_folder, words.class_prompt, count=words.class_images or 1, resolution=resolution,
+                loaded, folder, words.class_prompt, count=words.class_images or 1, resolution=resolution,
                 steps=self.place.sample_steps, seed=words.seed, on_progress=self.show("images of the class"),
             )  # fmt: skip
         self.processes.wait()
         self.examples = read_examples(
             self.examples.folder, where=str(self.examples.folder), prompt=words.instance_prompt,
-            class_folder=self.class_folder, class_prompt=words.class_prompt,
+            class_folder=folder, class_prompt=words.class_prompt,
         )  # fmt: skip
 
     def _encoded(self, loaded: Loaded, framing: Framing, *, keep_texts: bool) -> Encoded:
-        """Latents and embeddings. With a cache the first process fills it, and the others find it full."""
+        """Latents and embeddings. With a cache the first process fills it, and the others find it full.
+
+        One by one: what stands beside an image in a batch can change the last bits of what is made of it, and with a
+        cache that is not empty other images would.
+        """
         shared = self.cache is not None
         if shared and not self.processes.is_main:
             self.processes.wait()
         found = encode(
-            loaded, self.examples.examples, framing, batch=min(4, self.words.batch or 1), cache=self.cache,
-            cache_texts=keep_texts, seed=self.words.seed, on_progress=self.show("encoding"),
+            loaded, self.examples.examples, framing, batch=1, cache=self.cache, cache_texts=keep_texts,
+            seed=self.words.seed, on_progress=self.show("encoding"),
         )  # fmt: skip
         if shared and self.processes.is_main:
             self.processes.wait()
@@ -190,7 +201,7 @@ class Run:
         """The checkpoint to go on from, if that was asked for. Raises UsageError where it is of another run."""
         if not self.resume:
             return None
-        free = _LENGTH if self.words.schedule in ENDLESS else frozenset()
+        free = _FREE | _LENGTH if self.words.schedule in ENDLESS else _FREE
         found = self.place.newest_for(settings, free)
         if checkpoints.step_of(found) > settings["steps"]:
             what = f"{found.name} has more steps than the {settings['steps']:,} that are asked for"
@@ -287,7 +298,8 @@ def course_of(words: Words, examples: Examples, processes: int) -> Course:
 def _recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of the settings, what decides the file's bytes."""
     kept = ("versions", "words", "data", "images", "class images", "slots a step", "steps")
-    return {"kind": settings["words"]["kind"], **{name: settings[name] for name in kept}}
+    words = {name: value for name, value in settings["words"].items() if name not in _FREE}
+    return {**{name: settings[name] for name in kept}, "kind": words["kind"], "words": words}
 
 
 def _ss(words: Words, course: Course, examples: Examples, resolution: tuple[int, int]) -> dict[str, str]:

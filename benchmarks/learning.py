@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does training learn? The held-out denoising loss of a tiny model, without an adapter and with trained ones.
 
-    python benchmarks/learning.py --folder learning      three minutes on one thread; the curve is learning/learning.png
+    python benchmarks/learning.py --folder learning      four minutes on one thread; the curve is learning/learning.png
 
 A base is made first: the tiny SD1.5, whose UNet learns sprites of one style ("plain") from nothing. Its autoencoder is
 made by hand, for random weights would forget the colours: the mean colour of 8 x 8 pixels, and how much their quarters

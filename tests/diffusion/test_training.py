@@ -94,8 +94,12 @@ def test_a_seed_is_a_lora_and_another_seed_another(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ the same step
 
-# Four slots of a step: at once, in parts, and as two processes would have them.
-SHARED = {"lr": 1e-3, "steps": 3, "snr_gamma": 5.0, "targets": ("attn2.to_q",)}
+# Four slots of a step. Plain descent, for AdamW makes steps of one size of rounding errors, too; and 128 pixels: at 64
+# the lowest level of the tiny UNet is one pixel, and its group norms, of two values, turn on their last bits.
+SHARED = {
+    "lr": 0.1, "optimizer": "torch.optim.SGD", "steps": 3, "snr_gamma": 5.0, "targets": ("attn2.to_k",),
+    "resolution": 128,
+}  # fmt: skip
 
 
 def test_a_step_is_the_same_however_it_is_cut(tmp_path: Path) -> None:
@@ -103,9 +107,9 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path: Path) -> None:
         train(tmp_path / f"{batch}.safetensors", "sd15", batch=batch, accumulate=accumulate, **SHARED)
     whole = losses(tmp_path / "4.safetensors")
     assert len(set(whole)) == 3
-    assert losses(tmp_path / "2.safetensors") == pytest.approx(whole, rel=1e-5)
+    assert losses(tmp_path / "2.safetensors") == pytest.approx(whole, rel=1e-6)
     a, b = (flat(tmp_path / f"{batch}-train/checkpoints/step-000003") for batch in (4, 2))
-    assert float((a - b).norm() / a.norm()) < 1e-2  # AdamW makes steps of one size, of gradients however small
+    assert float((a - b).norm() / a.norm()) < 1e-5
 
 
 def flat(checkpoint: Path) -> torch.Tensor:
@@ -457,7 +461,7 @@ def test_sigterm_on_the_command_line_keeps_the_last_step(tmp_path: Path, monkeyp
 
 
 def test_the_benchmark_of_learning_runs_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its figures are not judged here; three minutes of it are: see README."""
+    """Its figures are not judged here: that takes it minutes."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     import learning
 

@@ -675,6 +675,6 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     path.write_text("inputs: {a: {tiny: sd15}}\nsteps: {looked: {inspect: {path: $a}}}\n")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"a cat")
-    with pytest.raises(UsageError, match="photos: holds files, and is no study's folder"):
+    with pytest.raises(UsageError, match=r"photos: is no study's folder: it holds 'cat.png'"):
         study(path, tiny=True, output=tmp_path / "photos")
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.png"]

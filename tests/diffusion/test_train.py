@@ -381,3 +381,23 @@ def test_the_report_counts_what_was_written(tmp_path: Path) -> None:
     assert document["loss"] == pytest.approx(report.loss)
     assert (document["processes"], document["resumed_at"], document["epochs"]) == (1, 0, 0.5)
     assert isinstance(report, verb.TrainReport)
+
+
+def test_a_lora_is_never_written_over_what_it_is_trained_on(tmp_path: Path) -> None:
+    import shutil
+
+    base = shutil.copytree(model("sd15"), tmp_path / "base")
+    with pytest.raises(OutputError, match="base: is also an input, and an input is never written"):
+        train(base, model=base, dialect="peft", force=True, steps=1)
+    other = shutil.copytree(model("sd15"), tmp_path / "other")
+    with pytest.raises(OutputError, match="other: holds something else than a PEFT adapter"):
+        train(other, model=base, dialect="peft", force=True, steps=1)
+    assert (base / "unet").is_dir()
+    assert (other / "unet").is_dir()
+
+
+def test_a_rank_beyond_every_module_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"--rank: found 100,000, but no module of the transformer that trains can have more"
+    ):
+        train(tmp_path / "lora.safetensors", rank=100_000, steps=1)

@@ -20,7 +20,7 @@ from weightops.diffusion.study_file import read_study
 from weightops.diffusion.study_runner import RUN, STANDS, WOULD_RUN, Runner, StepReport
 from weightops.diffusion.study_state import FOLDER as STATE
 from weightops.diffusion.study_state import State
-from weightops.errors import UsageError, quote
+from weightops.errors import UsageError, listing, quote
 from weightops.ops.report import peak_memory_bytes
 from weightops.ops.yaml_lines import nearest, refused
 
@@ -170,11 +170,14 @@ def _check_folder(folder: Path, found: Study) -> None:
     """Refuse a folder that is none, and the one that holds the study's file and inputs."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(str(folder), "is a file, expected the study's folder", "-o DIR names another")
-    if folder.is_dir() and not (folder / STATE).is_dir() and any(p.name[0] != "." for p in folder.iterdir()):
-        what = "holds files, and is no study's folder"
-        raise UsageError(str(folder), what, "-o DIR names one that is new, empty, or this study's")
     if folder.is_dir() and folder.resolve() == found.folder.resolve():
         raise UsageError(str(folder), "is the folder of the study's file", "-o DIR names one for what it makes")
+    own = {STATE, "inputs", *(step.name for step in found.steps)}
+    if folder.is_dir() and not (folder / STATE).is_dir():
+        strange = sorted(p.name for p in folder.iterdir() if p.name not in own and p.name[0] != ".")
+        if strange:
+            what = f"is no study's folder: it holds {listing(strange)}"
+            raise UsageError(str(folder), what, "-o DIR names one that is new, empty, or this study's")
 
 
 __all__ = ["RUN", "STANDS", "WOULD_RUN", "StepReport", "StudyReport", "study"]

@@ -52,6 +52,20 @@ FLOORS: dict[str, set[str]] = {
         "ops",
         "version",
     },
+    "synthesis": {
+        "errors",
+        "registry",
+        "files",
+        "naming",
+        "lineage",
+        "plan",
+        "engine",
+        "merging",
+        "lora",
+        "ops",
+        "diffusion",
+        "version",
+    },
     "cli": {
         "errors",
         "registry",
@@ -64,6 +78,7 @@ FLOORS: dict[str, set[str]] = {
         "lora",
         "ops",
         "diffusion",
+        "synthesis",
         "version",
     },
     # The package itself holds the version, and loads a verb when it is asked for.

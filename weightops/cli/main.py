@@ -46,15 +46,24 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("generate", "Diffusion", "Images of prompts, with LoRAs, in labelled grids; videos of images."),
     Entry("evaluate", "Diffusion", "What a LoRA or a training has learnt, in numbers and what they say."),
     Entry("study", "Diffusion", "A whole study from one file: steps, grids, tables, one page."),
+    Entry("synth", "Synthesis", "New LoRAs from a space of LoRAs: collect, fit, sample, edit."),
     Entry("demo", "Start here", "A small real merge, made and checked on the spot."),
 )
 
 
 class Commands(click.Group):
-    """Loads a command's module when it is asked for; lists all of them, by section, without loading any."""
+    """Loads a command's module when it is asked for; lists all of them, by section, without loading any.
+
+    entries: the commands; those of a group within are in modules that begin with its name, as synth_fit_images.
+    """
+
+    def __init__(self, name: str | None = None, *, entries: tuple[Entry, ...] = ENTRIES, **rest: Any) -> None:
+        super().__init__(name, **rest)
+        self.entries = entries
+        self.within = "" if entries is ENTRIES else f"{name}_"
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [entry.name for entry in ENTRIES]
+        return [entry.name for entry in self.entries]
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -62,20 +71,20 @@ class Commands(click.Group):
         if args and args[0] not in self.list_commands(ctx) and not args[0].startswith("-"):
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(self.list_commands(ctx))}"
-            raise UsageError("", f"no such command {quote(args[0])}", hint)
+            raise UsageError(self.within.rstrip("_"), f"no such command {quote(args[0])}", hint)
         return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        module = importlib.import_module(f"weightops.cli.{cmd_name}")
+        module = importlib.import_module(f"weightops.cli.{self.within}{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for section in dict.fromkeys(entry.section for entry in ENTRIES):
+        for section in dict.fromkeys(entry.section for entry in self.entries):
             with formatter.section(section):
-                formatter.write_dl([(e.name, e.help) for e in ENTRIES if e.section == section])
+                formatter.write_dl([(e.name, e.help) for e in self.entries if e.section == section])
 
 
 @click.group(
@@ -140,6 +149,9 @@ def run(arguments: list[str] | None = None) -> NoReturn:
         fail(str(e), e.hint, e.exit_code)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
+    except click.exceptions.NoArgsIsHelpError as e:  # a group without a command
+        click.echo(e.ctx.get_help() if e.ctx else e.format_message(), err=True)
+        sys.exit(2)
     except click.UsageError as e:
         fail(*_usage(e), 2)
     except click.ClickException as e:

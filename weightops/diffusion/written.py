@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # What a ModelSpec calls each base, and whose code's names its LoRAs have outside diffusers.
 # Source: sd-scripts, library/sai_model_spec.py; Stability-AI/ModelSpec.
-_SPECS: Mapping[str, tuple[str, str]] = {
+SPECS: Mapping[str, tuple[str, str]] = {
     "sd15": ("stable-diffusion-v1", "diffusers"),
     "sd2": ("stable-diffusion-v2-512", "diffusers"),
     "sd2 v": ("stable-diffusion-v2-768-v", "diffusers"),
@@ -47,8 +47,8 @@ _SPECS: Mapping[str, tuple[str, str]] = {
     "flux schnell": ("flux-1-schnell", "https://github.com/black-forest-labs/flux"),
 }
 # kohya's modules that load such a file; magnitudes, and other ranks for convolutions, are LyCORIS' own.
-_NETWORK_MODULES: Mapping[str, str] = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}
-_DATA_HASHES = {"sshs_model_hash": "{}", "modelspec.hash_sha256": "0x{}"}
+NETWORK_MODULES: Mapping[str, str] = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}
+DATA_HASHES = {"sshs_model_hash": "{}", "modelspec.hash_sha256": "0x{}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +86,10 @@ def write_lora(
     steps, epoch: how far the training is. dry_run: find out whether it could be written, and how large it would be.
     Raises UsageError where the dialect cannot hold it; OutputError.
     """
-    with _threads_kept():
+    with threads_kept():
         planned = _planned(lora, told.base, dialect)
         metadata = {**planned.plan.metadata, **_metadata(lora, told, dialect, steps, epoch)}
-        planned.plan = replace(planned.plan, metadata=metadata, recipe=None, data_hashes=_DATA_HASHES)
+        planned.plan = replace(planned.plan, metadata=metadata, recipe=None, data_hashes=DATA_HASHES)
         report = produce(
             "train", planned, output, memory=DEFAULT_MEMORY, device="cpu", threads=1, force=force, dry_run=dry_run,
             check=False, on_progress=ignore,
@@ -104,14 +104,14 @@ def _planned(lora: Lora, base: Base, dialect: str) -> Planned:
     except WeightopsError as refused:
         beside = _packed_beside(lora, dialect, base.architecture)
         if not beside:
-            raise _not_held(dialect, refused) from None
+            raise not_held(dialect, refused) from None
     try:
         return plan_dialect(as_held(lora, base.name, beside).open(), to=dialect, architecture=base.architecture)
     except WeightopsError as e:
-        raise _not_held(dialect, e) from None
+        raise not_held(dialect, e) from None
 
 
-def _not_held(dialect: str, e: WeightopsError) -> UsageError:
+def not_held(dialect: str, e: WeightopsError) -> UsageError:
     return UsageError("--dialect", f"{dialect} cannot hold this LoRA: {e.what}", e.hint)
 
 
@@ -119,15 +119,19 @@ def as_held(lora: Lora, label: str, beside: Mapping[str, Tensor] | None = None) 
     """The LoRA in memory, under diffusers' names, each module's alpha beside its factors. beside: more tensors."""
     import torch
 
-    tensors = {f"{c}.{_spelled(c, name)}": t.float() for c, name, t in _split(lora.state())}
+    tensors = {f"{c}.{spelled_in_files(c, name)}": t.float() for c, name, t in _split(lora.state())}
     tensors |= {
-        f"{part.component}.{_spelled(part.component, module.name)}.alpha": torch.tensor(
+        f"{part.component}.{spelled_in_files(part.component, module.name)}.alpha": torch.tensor(
             module.alpha, dtype=torch.float32
         )
         for part in lora.parts
         for module in part.modules
     }
-    tensors |= beside or {}
+    return held_of({**tensors, **(beside or {})}, label)
+
+
+def held_of(tensors: Mapping[str, Tensor], label: str) -> Held:
+    """A LoRA's tensors in float32, by their keys in diffusers' names, as a file that is only in memory."""
     specs = {key: TensorSpec("F32", tuple(tensor.shape)) for key, tensor in tensors.items()}
     made = Held(label)
     made.begin(specs, (), {})
@@ -156,7 +160,7 @@ def _packed_beside(lora: Lora, dialect: str, architecture: str) -> dict[str, Ten
     target = Target(DIALECTS[dialect], ARCHITECTURES.get(architecture), None, "")
     for part in lora.parts:
         table = target.table(target.place(part.component))
-        trained = {_spelled(part.component, module.name): module for module in part.modules}
+        trained = {spelled_in_files(part.component, module.name): module for module in part.modules}
         for name, module in trained.items():
             spelled = table.spelled_module(name)
             for other in () if spelled is None else spelled[2]:
@@ -175,7 +179,7 @@ def _packed_beside(lora: Lora, dialect: str, architecture: str) -> dict[str, Ten
     return found
 
 
-def _spelled(component: str, name: str) -> str:
+def spelled_in_files(component: str, name: str) -> str:
     """transformers ≥ 5.6 calls a CLIP's modules without `text_model.`; files have it."""
     if component.startswith("text_encoder") and name.startswith("encoder."):
         return f"text_model.{name}"
@@ -183,7 +187,7 @@ def _spelled(component: str, name: str) -> str:
 
 
 @contextlib.contextmanager
-def _threads_kept() -> Iterator[None]:
+def threads_kept() -> Iterator[None]:
     """Our engine shares its work out to threads of its own, and leaves torch one: training goes on with as many."""
     import torch
 
@@ -199,7 +203,7 @@ def _threads_kept() -> Iterator[None]:
 
 def _metadata(lora: Lora, told: Told, dialect: str, steps: int, epoch: int) -> dict[str, str]:
     base = told.base
-    spec, implementation = _SPECS[base.variant]
+    spec, implementation = SPECS[base.variant]
     found = {
         **told_of_base("kohya", base.architecture),
         **told.words,
@@ -251,7 +255,7 @@ def _network(lora: Lora, base: Base) -> dict[str, str]:
             "ss_network_module": "lycoris.kohya",
             "ss_network_args": json.dumps({"algo": "lora", "dora_wd": "True", **arguments}),
         }
-    named = {"ss_network_module": _NETWORK_MODULES.get(base.architecture, "networks.lora")}
+    named = {"ss_network_module": NETWORK_MODULES.get(base.architecture, "networks.lora")}
     return named | ({"ss_network_args": json.dumps(arguments)} if arguments else {})
 
 

@@ -350,7 +350,7 @@ def test_mixed_ones_are_filled_up_where_that_is_asked(tmp_path: Path) -> None:
 def test_mixed_bases_are_refused(tmp_path: Path) -> None:
     layout = layout_of(2)
     write_family(tmp_path / "loras", layout, family_of(layout, 2))
-    name = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj"
+    name = "lora_unet_input_blocks_8_1_transformer_blocks_9_attn1_to_q"
     write_tensors(
         tmp_path / "loras" / "xl.safetensors",
         {f"{name}.lora_down.weight": torch.randn(2, 1280), f"{name}.lora_up.weight": torch.randn(1280, 2)},

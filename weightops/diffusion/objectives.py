@@ -345,20 +345,34 @@ def held_out_loss(
     network.eval()
     found = torch.zeros(pairs, count, dtype=torch.float64)
     try:
-        with torch.no_grad():
-            for start in range(0, count, batch):
-                indices = range(start, min(start + batch, count))
-                digests = [encoded.examples[index].picture.digest for index in indices]
-                given = encoded.batch(indices, [False] * len(indices))
-                for pair in range(pairs):
-                    fixed = _fixed(objective, pair, pairs, seed, digests, given["mean"])
-                    noisy = noised(objective, given["mean"], fixed)
-                    answer = encoding.predict(loaded.pipe, noisy, fixed.timesteps, given, given["sizes"])
-                    found[pair, start : indices.stop] = loss(objective, answer, given["mean"], fixed).cpu().double()
+        for start in range(0, count, batch):
+            indices = range(start, min(start + batch, count))
+            found[:, start : indices.stop] = fixed_losses(
+                loaded, encoding, encoded, objective, indices, pairs=pairs, seed=seed
+            )
     finally:
         network.train(training)
     times = [float(_time(objective, pair, pairs)) for pair in range(pairs)]
     return HeldOut(tuple(times), tuple(found.mean(1).tolist()), tuple(found.mean(0).tolist()), float(found.mean()))
+
+
+def fixed_losses(
+    loaded: Loaded, encoding: Encoding, encoded: Encoded, objective: Objective, indices: Sequence[int], *,
+    pairs: int, seed: int,
+) -> Tensor:  # fmt: skip
+    """The losses of these examples [pairs, n], float64, as `held_out_loss` draws for them, all n in one batch."""
+    import torch
+
+    digests = [encoded.examples[index].picture.digest for index in indices]
+    found = torch.zeros(pairs, len(indices), dtype=torch.float64)
+    with torch.no_grad():
+        given = encoded.batch(indices, [False] * len(indices))
+        for pair in range(pairs):
+            fixed = _fixed(objective, pair, pairs, seed, digests, given["mean"])
+            noisy = noised(objective, given["mean"], fixed)
+            answer = encoding.predict(loaded.pipe, noisy, fixed.timesteps, given, given["sizes"])
+            found[pair] = loss(objective, answer, given["mean"], fixed).cpu().double()
+    return found
 
 
 def _time(objective: Objective, pair: int, pairs: int) -> float:

@@ -350,13 +350,13 @@ def test_mixed_ones_are_filled_up_where_that_is_asked(tmp_path: Path) -> None:
 def test_mixed_bases_are_refused(tmp_path: Path) -> None:
     layout = layout_of(2)
     write_family(tmp_path / "loras", layout, family_of(layout, 2))
-    name = "lora_unet_input_blocks_8_1_transformer_blocks_9_attn1_to_q"
+    name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
     write_tensors(
-        tmp_path / "loras" / "xl.safetensors",
-        {f"{name}.lora_down.weight": torch.randn(2, 1280), f"{name}.lora_up.weight": torch.randn(1280, 2)},
+        tmp_path / "loras" / "other.safetensors",
+        {f"{name}.lora_down.weight": torch.randn(2, 64), f"{name}.lora_up.weight": torch.randn(192, 2)},
     )
     said = refused(MismatchError, tmp_path / "loras", output=tmp_path / "space")
-    assert "xl.safetensors: is for sdxl, and the space is of sd15" in said
+    assert "other.safetensors: is for sd3, and the space is of sd15" in said
     assert "a space holds LoRAs of one base model" in said
 
 

@@ -67,16 +67,18 @@ def factorise_many(
     return [factorise(m, rule, generator=g, method=method) for m, g in pairs]
 
 
-def factorise_nbytes(out: int, n: int, rule: RankRule | int) -> int:
-    """The bytes that `factorise` takes at most beside a matrix [out, n] in float32."""
+def factorise_nbytes(out: int, n: int, rule: RankRule | int, *, double: bool = False) -> int:
+    """The bytes that `factorise` takes at most beside a matrix [out, n] in float32, or in float64 (`double`)."""
     rule = RankRule("rank", rule) if isinstance(rule, int) else rule
     width = min(rule.most(out, n) + _OVERSAMPLING + 16, out, n)
     least = min(out, n)
     banded = 16 * CHUNK
+    # What is decomposed whole in float64: a copy, the vectors of both sides, and room to work.
+    whole = 8 * (2 * out * n + 4 * least * least) if double else 0
     if rule.needs_all or _NARROW * width > least:
-        return banded + 8 * (4 * least * least + 2 * width * (out + n))
+        return max(whole, banded + 8 * (4 * least * least + 2 * width * (out + n)))
     # In float64, where it comes to that: Q, its image, the residual and what QR makes of them; and the factors.
-    return banded + 8 * 5 * width * (out + n)
+    return max(whole, banded + 8 * 5 * width * (out + n))
 
 
 def spectrum(matrix: Tensor) -> tuple[list[float], float]:

@@ -68,7 +68,10 @@ def cut_nbytes(of: Sum, rank: int) -> int:
         work = 24 * values + kronecker_nbytes(*of.kronecker_sides, rank)
         return max(work, distance_nbytes(of.out, of.n, rank) + 8 * rank * (of.out + of.n))
     stored = sum(term.product_rank for term in of.terms) if of.is_product else 0
-    work = truncate_nbytes(of.out, of.n, stored, rank) if of.is_product else factorise_nbytes(of.out, of.n, rank)
+    if of.is_product:
+        work = truncate_nbytes(of.out, of.n, stored, rank)
+    else:
+        work = factorise_nbytes(of.out, of.n, rank, double=any(term.is_double for term in of.terms))
     return _then(of, max(work, distance_nbytes(of.out, of.n, rank) + 4 * rank * (of.out + of.n)))
 
 

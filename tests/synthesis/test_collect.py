@@ -533,3 +533,67 @@ def test_the_index_says_what_each_feature_is(tmp_path: Path) -> None:
     assert said["width"] == found.width
     starts = [module["start"] for module in said["layout"]["modules"]]
     assert starts == list(found.layout.starts)
+
+
+# ------------------------------------------------------------------------------------------------ conditions
+
+
+def table(path: Path, rows: dict[str, tuple[float, ...]], names: str = "hue,size") -> Path:
+    lines = [f"name,{names}", *(f"{name},{','.join(map(str, numbers))}" for name, numbers in rows.items())]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_conditions_go_with_their_loras_also_with_those_that_are_added(tmp_path: Path) -> None:
+    layout = layout_of(2)
+    members = family_of(layout, 5)
+    write_family(tmp_path / "first", layout, members[:3])
+    write_family(tmp_path / "then", layout, members[3:], start=3)
+    said = {f"lora-{n}": (n / 10, 1.0 - n) for n in (4, 2, 0, 1, 3)}
+    words = {"output": tmp_path / "space", "conditions": table(tmp_path / "c.csv", said)}
+    first = collect(tmp_path / "first", **words)  # type: ignore[arg-type]
+    assert first.condition_names == ("hue", "size")
+    assert ["2 are of no LoRA" in text for text in first.warnings] == [True]
+    collect(tmp_path / "first", tmp_path / "then", **words)  # type: ignore[arg-type]
+    found = open_space(tmp_path / "space")
+    assert found.condition_names == ("hue", "size")
+    assert found.conditions is not None
+    assert found.conditions.tolist() == [list(said[f"lora-{n}"]) for n in range(5)]
+    assert found.condition_source is not None
+    assert found.condition_source["kind"] == "csv"
+
+
+def test_conditions_must_be_whole_and_of_one_kind(tmp_path: Path) -> None:
+    layout = layout_of(2)
+    write_family(tmp_path / "loras", layout, family_of(layout, 3))
+    short = table(tmp_path / "short.csv", {"lora-0": (1, 2), "lora-2": (3, 4)})
+    said = refused(MismatchError, tmp_path / "loras", output=tmp_path / "space", conditions=short)
+    assert "short.csv: says nothing of 1 of 3 LoRAs: 'lora-1' | each LoRA needs its numbers" in said
+    whole = table(tmp_path / "whole.csv", {f"lora-{n}": (n, n) for n in range(4)})
+    collect(tmp_path / "loras", output=tmp_path / "space", conditions=whole)
+    write_family(tmp_path / "more", layout, family_of(layout, 4)[3:], start=3)
+    with pytest.raises(UsageError, match="space: has conditions, and the LoRAs to add none"):
+        collect(tmp_path / "more", output=tmp_path / "space")
+    other = table(tmp_path / "other.csv", {"lora-3": (1, 2)}, names="hue,weight")
+    with pytest.raises(
+        MismatchError, match=r"other\.csv: has the numbers 'hue', 'weight', and the space 'hue', 'size'"
+    ):
+        collect(tmp_path / "more", output=tmp_path / "space", conditions=other)
+    collect(tmp_path / "loras", output=tmp_path / "bare")
+    with pytest.raises(UsageError, match="bare: has no conditions, and the LoRAs to add have"):
+        collect(tmp_path / "more", output=tmp_path / "bare", conditions=whole)
+
+
+def test_damaged_conditions_are_refused(tmp_path: Path) -> None:
+    layout = layout_of(2)
+    write_family(tmp_path / "loras", layout, family_of(layout, 3))
+    words = {"conditions": table(tmp_path / "c.csv", {f"lora-{n}": (n, n) for n in range(3)})}
+    collect(tmp_path / "loras", output=tmp_path / "space", **words)
+    path = tmp_path / "space" / "conditions.npy"
+    data = path.read_bytes()
+    path.write_bytes(data[:-16])
+    with pytest.raises(FormatError, match=r"its conditions\.npy"):
+        open_space(tmp_path / "space")
+    path.write_bytes(data[:-8] + np.float64(np.inf).tobytes())
+    with pytest.raises(ValueRefused, match=r"its conditions\.npy holds NaN or Inf"):
+        open_space(tmp_path / "space")

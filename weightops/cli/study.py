@@ -9,6 +9,7 @@ import click
 from weightops.cli import options, render
 from weightops.diffusion.study import RUN, STANDS, WOULD_RUN, StepReport, StudyReport, study
 from weightops.errors import UsageError, printable, quote
+from weightops.synthesis.study_steps import VERBS
 
 if TYPE_CHECKING:
     from weightops.cli.render import Counting
@@ -55,7 +56,7 @@ def command(file: str, as_json: bool, quiet: bool, **rest: Any) -> None:
     silent = quiet or as_json
     with render.counting("study", quiet=silent) as counting:
         shown = _Shown(counting, silent=silent)
-        report = study(file, on_begin=shown.begin, on_step=shown.step, on_progress=shown.progress, **rest)
+        report = study(file, verbs=VERBS, on_begin=shown.begin, on_step=shown.step, on_progress=shown.progress, **rest)
     if as_json:
         render.emit_json(report.to_dict())
         return

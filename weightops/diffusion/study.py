@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from weightops.diffusion.study_parts import Study
-    from weightops.diffusion.study_verbs import Progress
+    from weightops.diffusion.study_verbs import Progress, Verb
 
 
 @dataclass(slots=True)
@@ -88,6 +88,7 @@ def study(
     start: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    verbs: Mapping[str, Verb] | None = None,
     on_begin: Callable[[str, str], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     on_progress: Progress = _unseen,
@@ -97,13 +98,14 @@ def study(
     output: the folder for everything (None: named after the file, in the current folder, with -tiny if so). tiny: the
     small models and pictures that the file names stand in the place of its inputs. inputs: paths by name, in the place
     of the file's own. start: this step and all below it are run, done or not; force: all steps are. dry_run: only say
-    what would be run. on_begin(name, verb) is called before a step is run, on_step after each, on_progress within.
+    what would be run. verbs: more than those of this floor (weightops.synthesis.study_steps.VERBS). on_begin(name,
+    verb) is called before a step is run, on_step after each, on_progress within.
 
     A run that was stopped goes on where it was, a training at its last checkpoint. Raises WeightopsError.
     """
     started = time.perf_counter()
     need("study", "PIL")
-    found = read_study(file, tiny=tiny)
+    found = read_study(file, tiny=tiny, more=verbs)
     _check_alone()
     _check_start(start, found)
     given = _given(found, inputs or {})

@@ -50,8 +50,11 @@ _REFERENCE = re.compile(
 _RESERVED = "inputs"  # a folder beside those of the steps
 
 
-def read_study(file: str | os.PathLike[str], *, tiny: bool) -> Study:
-    """The study that a YAML file says, every name in it known. Raises UsageError, with the line, and FormatError."""
+def read_study(file: str | os.PathLike[str], *, tiny: bool, more: Mapping[str, Verb] | None = None) -> Study:
+    """The study that a YAML file says, every name in it known. more: verbs beside those of this floor.
+
+    Raises UsageError, with the line, and FormatError.
+    """
     label, path = str(file), Path(file)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -64,7 +67,7 @@ def read_study(file: str | os.PathLike[str], *, tiny: bool) -> Study:
     if not isinstance(said.value, dict):
         raise refused(label, said.line, f"found {said.shown}, expected a study: the keys {', '.join(_KEYS)}")
     check_keys(label, said, _KEYS, "of a study")
-    reader = _Reader(label, tiny)
+    reader = _Reader(label, tiny, {**VERBS, **(more or {})})
     inputs = reader.inputs(said.value.get("inputs"))
     steps = reader.steps(said.value.get("steps"), said.line, inputs)
     used = frozenset(r.name for step in steps for r in step.references if r.name in inputs)
@@ -76,9 +79,10 @@ def read_study(file: str | os.PathLike[str], *, tiny: bool) -> Study:
 class _Reader:
     """Turns what the file says into a study; `label` begins each message."""
 
-    def __init__(self, label: str, tiny: bool) -> None:
+    def __init__(self, label: str, tiny: bool, verbs: Mapping[str, Verb]) -> None:
         self.label = label
         self.tiny = tiny
+        self.verbs = verbs
 
     def text(self, said: Said | None, key: str) -> str:
         if said is None or said.value is None:
@@ -148,11 +152,11 @@ class _Reader:
         verbs = [key for key in said.value if key not in _ABOUT_A_STEP]
         if len(verbs) != 1:
             what = "no verb" if not verbs else f"the verbs {', '.join(map(quote, verbs[:5]))}"
-            raise refused(self.label, line, f"step {name!r}: found {what}, expected one", nearest("", list(VERBS)))
-        verb = VERBS.get(verbs[0])
+            raise refused(self.label, line, f"step {name!r}: found {what}, expected one", nearest("", list(self.verbs)))
+        verb = self.verbs.get(verbs[0])
         if verb is None:
             at = said.lines[verbs[0]]
-            raise refused(self.label, at, f"unknown verb {quote(verbs[0])}", nearest(verbs[0], list(VERBS)))
+            raise refused(self.label, at, f"unknown verb {quote(verbs[0])}", nearest(verbs[0], list(self.verbs)))
         said_words, lines = self._words(said.value[verbs[0]], verb)
         own, tiny_lines = self._words(said.value.get("tiny"), verb)
         if self.tiny:

@@ -16,7 +16,9 @@ from weightops.diffusion.tables import write_whole
 from weightops.errors import UsageError, listing, quote
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+
+    from weightops.diffusion.findings import Finding
 
 _MOST = 12  # pictures of a step on the page
 _ROWS = 20  # of a table there
@@ -207,19 +209,25 @@ def _evaluated(verb: Verb, job: Job) -> Made:
     """Tables and drawings, with what their numbers can and cannot say."""
     name = "evaluation"
     report = verb.call(job, output=job.work / name)
-    shown: list[dict[str, Any]] = [facts(("what was done", report.summary))]
-    for finding in report.findings:
-        shown.append(facts((finding.part, finding.says)))
-        shown += [{"kind": "table", **table.to_dict(), "decimals": table.decimals} for table in finding.tables.values()]
-        shown += [
-            {"kind": "drawing", "file": f"{name}/{stem}.png", "words": drawing.words, "caption": drawing.caption}
-            for stem, drawing in finding.drawings.items()
-        ]
+    shown = [facts(("what was done", report.summary)), *findings_shown(report.findings, name)]
     outputs = {
         "": name, "document": f"{name}/{DOCUMENT}", "page": f"{name}/{PAGE}",
         "tables": {stem: f"{name}/{stem}.csv" for stem in report.tables},
     }  # fmt: skip
     return Made(outputs, shown, list(report.warnings))
+
+
+def findings_shown(findings: Iterable[Finding], folder: str) -> list[dict[str, Any]]:
+    """The parts of a page that an evaluation left in this folder of the step's."""
+    shown: list[dict[str, Any]] = []
+    for finding in findings:
+        shown.append(facts((finding.part, finding.says)))
+        shown += [{"kind": "table", **table.to_dict(), "decimals": table.decimals} for table in finding.tables.values()]
+        shown += [
+            {"kind": "drawing", "file": f"{folder}/{stem}.png", "words": drawing.words, "caption": drawing.caption}
+            for stem, drawing in finding.drawings.items()
+        ]
+    return shown
 
 
 def _page(verb: Verb, job: Job) -> Made:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
 from weightops.diffusion.extras import need
+from weightops.diffusion.written import threads_kept
 from weightops.engine.run import Progress, ignore
 from weightops.errors import Interrupted, MismatchError, UsageError, WeightopsError, listing, quote
 from weightops.lora.settings import FILE
 from weightops.ops.report import peak_memory_bytes
 from weightops.synthesis.collection import Collection, check_replaceable
 from weightops.synthesis.gauge import aligned, balanced, delta_norms
-from weightops.synthesis.members import Member, check_fits, layout_of, read_factors, read_member
+from weightops.synthesis.members import Member, Reader, check_fits, layout_of
 from weightops.synthesis.space import FORMS, INDEX, WIDTHS, Space, open_space
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 
 OTHERS = ("refuse", "skip", "pad")
 _NETWORKS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-_REFERENCE_NBYTES = 256 << 20  # of the members, in float64, whose mean the reference is
+_REFERENCE_NBYTES = 256 << 20  # of the members, in float32, whose mean the reference is
 _ROUNDS = 100
 _SETTLED = 1e-9  # change of the reference, over its norm
-_BATCH_NBYTES = 64 << 20
+_BATCH_NBYTES = 16 << 20  # of rows in float64; what is made of them takes some eight times as much
 
 
 @dataclass(slots=True)
@@ -42,7 +43,8 @@ class CollectReport:
     """What a space holds now. added, there: LoRAs that are new in it, and that were in it already.
 
     left_out: those that were skipped, and why. error: the largest relative change of a ΔW by the rounding of its row.
-    rounds: of the alignment. nbytes: of the space's files.
+    rounds: of the alignment, of the module that took the most; unsettled: modules that had not settled. nbytes: of the
+    space's files.
     """
 
     output: str
@@ -59,6 +61,7 @@ class CollectReport:
     dtype: str = ""
     padded: int = 0
     rounds: int = 0
+    unsettled: int = 0
     error: float | None = None
     condition_names: tuple[str, ...] = ()
     left_out: list[tuple[str, str]] = field(default_factory=list)
@@ -74,7 +77,8 @@ class CollectReport:
             "output": self.output, "bytes_written": self.nbytes, "members": self.members, "added": self.added,
             "already_there": self.there, "taken_up": self.taken_up, "features": self.features,
             "modules": self.modules, "ranks": list(self.ranks), "architecture": self.architecture, "form": self.form,
-            "dtype": self.dtype, "padded": self.padded, "alignment_rounds": self.rounds, "rounding_error": self.error,
+            "dtype": self.dtype, "padded": self.padded, "alignment_rounds": self.rounds,
+            "alignment_unsettled": self.unsettled, "rounding_error": self.error,
             "conditions": list(self.condition_names),
             "left_out": [{"path": path, "reason": reason} for path, reason in self.left_out],
             "seconds": round(self.seconds, 3), "peak_memory_bytes": self.peak_memory_bytes,
@@ -109,7 +113,23 @@ def collect(
     """
     started = time.perf_counter()
     need("synth collect", "torch", extra="synthesis")
-    target = Path(output)
+    from weightops.engine.tensors import set_cpu_threads
+
+    with threads_kept():
+        set_cpu_threads()  # matrices as small as these are not worth a second one
+        report = _collected(
+            loras, Path(output), conditions, images, embedder, others, form, dtype, architecture, on_progress,
+            force=force, dry_run=dry_run,
+        )  # fmt: skip
+    report.seconds = time.perf_counter() - started
+    report.peak_memory_bytes = peak_memory_bytes()
+    return report
+
+
+def _collected(
+    loras: Sequence[str | os.PathLike[str]], target: Path, conditions: Any, images: Any, embedder: Any, others: str,
+    form: str | None, dtype: str | None, architecture: str | None, on_progress: Progress, *, force: bool, dry_run: bool,
+) -> CollectReport:  # fmt: skip
     _check_words(others, form, dtype, images, embedder, conditions)
     files = _files(loras)
     before = None if force or not (target / INDEX).exists() else open_space(target)
@@ -128,8 +148,8 @@ def collect(
         report.nbytes = report.members * layout.width * WIDTHS[dtype]
     else:
         made.write(kept, told)
-    report.seconds = time.perf_counter() - started
-    report.peak_memory_bytes = peak_memory_bytes()
+    if report.unsettled:
+        report.warnings.append(f"{report.unsettled:,} modules have not settled after {_ROUNDS} rounds of alignment")
     return report
 
 
@@ -240,18 +260,20 @@ def _headers(
     """What each LoRA changes. What could be for several models is for that of most of the others."""
     members: dict[str, Member] = {}
     doubted: list[tuple[str, str, WeightopsError]] = []
+    reader = Reader(asked)
     for name, path in files:
         try:
-            members[name] = read_member(path, architecture=asked)
+            members[name] = reader.member(path)
         except WeightopsError as e:
             doubted.append((name, path, e))
         progress.step("headers")
     kinds = Counter(m.architecture for m in members.values())
+    again = Reader(kinds.most_common(1)[0][0] if kinds else None)
     for name, path, first in doubted:
         try:
             if asked is not None or not kinds or not isinstance(first, MismatchError):
                 raise first
-            members[name] = read_member(path, architecture=kinds.most_common(1)[0][0])
+            members[name] = again.member(path)
         except WeightopsError as e:
             if others != "skip":
                 raise
@@ -324,6 +346,10 @@ class _Made:
     before: Space | None
     report: CollectReport
     progress: _Progress
+    reader: Reader = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reader = Reader(self.layout.architecture)
 
     def write(self, kept: Sequence[tuple[str, str]], told: Any) -> None:
         """Read, bring into the form, and write, some LoRAs at a time."""
@@ -362,7 +388,7 @@ class _Made:
         self.report.added = len(kept) - self.report.there
 
     def _check_same(self, path: str, line: Mapping[str, Any]) -> None:
-        _, hashed = read_factors(path, self.layout, pad=self.pad)
+        _, hashed = self.reader.factors(path, self.layout, pad=self.pad)
         if hashed != line["hash"]:
             what = f"is not the LoRA that the space has under the name {quote(line['name'])}"
             raise MismatchError(path, what, "rename it, or begin anew with --force")
@@ -373,7 +399,7 @@ class _Made:
 
         found, hashes = [], []
         for path in paths:
-            factors, hashed = read_factors(path, self.layout, pad=self.pad)
+            factors, hashed = self.reader.factors(path, self.layout, pad=self.pad)
             found.append(factors)
             hashes.append(hashed)
         stacked = [
@@ -417,25 +443,33 @@ class _Made:
             return found
         import torch
 
-        most = max(2, _REFERENCE_NBYTES // (8 * self.layout.width))
+        most = max(2, _REFERENCE_NBYTES // (4 * self.layout.width))
         step = max(1, -(-len(paths) // most))
-        factors, _ = self._read(paths[::step])
-        factors = balanced(factors)
-        found = self.layout.flatten([_signed(up[0], down[0]) for up, down in factors])
-        for number in range(_ROUNDS):
-            self.report.rounds = number + 1
-            turned = aligned(factors, self.layout.unflatten(found))
-            mean = self.layout.flatten(turned).mean(0)
-            change = float(torch.linalg.vector_norm(mean - found) / torch.linalg.vector_norm(mean).clamp_min(1e-300))
-            found = mean
-            if change < _SETTLED:
-                break
-        else:
-            self.report.warnings.append(
-                f"the alignment has not settled after {_ROUNDS} rounds: its last change {change:.1e}"
-            )
+        chosen = paths[::step]
+        rows = torch.empty(len(chosen), self.layout.width)
+        for number, path in enumerate(chosen):
+            factors, _ = self._read([path])
+            rows[number] = self.layout.flatten(balanced(factors))[0].float()
+        parts = [self._settled(up, down) for up, down in self.layout.unflatten(rows)]
+        found = self.layout.flatten(parts)
         collection.keep_reference(found)
         return found
+
+    def _settled(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of a module's factors [n, …], all turned towards it, in float64."""
+
+        up, down = up.double(), down.double()
+        mean = _signed(up[0], down[0])
+        for number in range(1, _ROUNDS + 1):
+            ((ups, downs),) = aligned([(up, down)], [mean])
+            before, mean = mean, (ups.mean(0), downs.mean(0))
+            change = sum(float((a - b).square().sum()) for a, b in zip(mean, before, strict=True))
+            size = sum(float(a.square().sum()) for a in mean)
+            self.report.rounds = max(self.report.rounds, number)
+            if change <= _SETTLED**2 * size:
+                return mean
+        self.report.unsettled += 1
+        return mean
 
     def _together(
         self, collection: Collection, kept: Sequence[tuple[str, str]], told: Any

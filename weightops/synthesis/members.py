@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weightops.files.checkpoint import Checkpoint
+    from weightops.lora.adapters import AdapterFile
     from weightops.lora.pieces import Piece, Source
+
+    Leaves = dict[tuple[str, tuple[tuple[int, int], ...], int, int], bytes]
+
+_KEPT = 64  # kinds of headers that are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,45 +43,98 @@ class Member:
     modules: Mapping[tuple[str, str], Module]
 
 
+class Reader:
+    """Reads LoRAs, of which many are alike: what is the same in their headers is worked out once, and held once.
+
+    architecture: the one that is meant, where names and shapes fit several.
+    """
+
+    def __init__(self, architecture: str | None = None) -> None:
+        self.architecture = architecture
+        self._found: dict[bytes, AdapterFile] = {}
+        self._modules: dict[tuple[Module, ...], dict[tuple[str, str], Module]] = {}
+
+    def member(self, file: str | os.PathLike[str]) -> Member:
+        """What the file changes. Reads little but its header. Raises MismatchError, FormatError."""
+        with open_checkpoint(file) as opened:
+            return self._looked_at(opened)[0]
+
+    def factors(
+        self, file: str | os.PathLike[str], layout: Layout, *, pad: bool = False
+    ) -> tuple[list[tuple[Tensor, Tensor]], str]:
+        """The factors of a layout's modules, exactly, in float64, strengths folded in, and the file's hash.
+
+        pad: ranks and modules that the file lacks are zeros. The hash is XXH3-128 of all tensors that were read.
+        Raises MismatchError for a file of other modules, ValueRefused for NaN or Inf.
+        """
+        import torch
+
+        from weightops.engine.run import hash_of
+
+        with open_checkpoint(file) as opened:
+            member, pieces = self._looked_at(opened)
+            check_fits(member, layout, pad=pad)
+            leaves: Leaves = {}
+            found = []
+            for module in layout.modules:
+                piece = pieces.get((module.component, module.name))
+                if piece is None:
+                    zeros = torch.zeros(module.out, module.rank, dtype=torch.float64)
+                    found.append((zeros, torch.zeros(module.rank, module.n, dtype=torch.float64)))
+                    continue
+                up, down = _product(opened, piece, leaves)
+                lacking = module.rank - up.shape[1]
+                if lacking:
+                    up = torch.nn.functional.pad(up, (0, lacking))
+                    down = torch.nn.functional.pad(down, (0, 0, 0, lacking))
+                found.append((up, down))
+            return found, hash_of(leaves)
+
+    def _looked_at(self, opened: Checkpoint) -> tuple[Member, dict[tuple[str, str], Piece]]:
+        """What the file changes, and the pieces that do, each a product of two factors."""
+        found = self._adapters(opened)
+        check_held(opened, found)
+        found.check()
+        state = State(opened, found, DIALECTS["diffusers"], ARCHITECTURES.get(found.architecture or ""))
+        if found.embeddings:
+            what = f"holds an embedding beside its modules: {listing(found.embeddings)}"
+            raise MismatchError(opened.label, what, "a space holds changes of weights alone")
+        pieces = pieces_of(state, ())
+        for piece in pieces:
+            why = _why_not(piece)
+            if why:
+                raise MismatchError(
+                    opened.label, f"{quote(piece.adapter)} {why}, and is no product of two factors",
+                    "weightops convert --to lora --base MODEL makes a plain LoRA of it",
+                )  # fmt: skip
+        modules = tuple(map(_module, pieces))
+        held = self._modules.setdefault(modules, {(m.component, m.name): m for m in modules})
+        by_name = {(p.component, p.name): p for p in pieces}
+        return Member(opened.label, state.architecture.name, held), by_name
+
+    def _adapters(self, opened: Checkpoint) -> AdapterFile:
+        import xxhash
+
+        said = repr([(key, info.spec) for key, info in opened.tensors.items()]) + repr(sorted(opened.metadata.items()))
+        digest = xxhash.xxh3_128_digest(said.encode(errors="surrogatepass"))
+        found = self._found.get(digest)
+        if found is None:
+            if len(self._found) >= _KEPT:
+                self._found.clear()
+            found = self._found[digest] = read_adapters(opened, architecture=self.architecture)
+        return replace(found, label=opened.label)
+
+
 def read_member(file: str | os.PathLike[str], *, architecture: str | None = None) -> Member:
-    """What the file changes. Reads little but its header. Raises MismatchError, FormatError for what has no rank."""
-    with open_checkpoint(file) as opened:
-        state, pieces = _pieces(opened, architecture)
-        return Member(opened.label, state.architecture.name, {(p.component, p.name): _module(p) for p in pieces})
+    """What one file changes: see Reader."""
+    return Reader(architecture).member(file)
 
 
 def read_factors(
     file: str | os.PathLike[str], layout: Layout, *, pad: bool = False
 ) -> tuple[list[tuple[Tensor, Tensor]], str]:
-    """The factors of a layout's modules, exactly, in float64 and with strengths folded in, and the file's hash.
-
-    pad: ranks and modules that the file lacks are zeros. The hash is XXH3-128 of all tensors that were read.
-    Raises MismatchError for a file of other modules, ValueRefused for NaN or Inf.
-    """
-    import torch
-
-    from weightops.engine.run import hash_of
-
-    with open_checkpoint(file) as opened:
-        state, pieces = _pieces(opened, layout.architecture)
-        member = Member(opened.label, state.architecture.name, {(p.component, p.name): _module(p) for p in pieces})
-        check_fits(member, layout, pad=pad)
-        by_name = {(p.component, p.name): p for p in pieces}
-        leaves: dict[tuple[str, tuple[tuple[int, int], ...], int, int], bytes] = {}
-        found = []
-        for module in layout.modules:
-            piece = by_name.get((module.component, module.name))
-            if piece is None:
-                zeros = torch.zeros(module.out, module.rank, dtype=torch.float64)
-                found.append((zeros, torch.zeros(module.rank, module.n, dtype=torch.float64)))
-                continue
-            up, down = _product(opened, piece, leaves)
-            lacking = module.rank - up.shape[1]
-            if lacking:
-                up = torch.nn.functional.pad(up, (0, lacking))
-                down = torch.nn.functional.pad(down, (0, 0, 0, lacking))
-            found.append((up, down))
-        return found, hash_of(leaves)
+    """The factors and the hash of one file: see Reader."""
+    return Reader(layout.architecture).factors(file, layout, pad=pad)
 
 
 def layout_of(members: Sequence[Member]) -> Layout:
@@ -121,26 +179,6 @@ def check_fits(member: Member, layout: Layout, *, pad: bool) -> None:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def _pieces(opened: Checkpoint, architecture: str | None) -> tuple[State, list[Piece]]:
-    """The file's pieces, each of one module, all of them products of two factors."""
-    found = read_adapters(opened, architecture=architecture)
-    check_held(opened, found)
-    found.check()
-    state = State(opened, found, DIALECTS["diffusers"], ARCHITECTURES.get(found.architecture or ""))
-    if found.embeddings:
-        what = f"holds an embedding beside its modules: {listing(found.embeddings)}"
-        raise MismatchError(opened.label, what, "a space holds changes of weights alone")
-    pieces = pieces_of(state, ())
-    for piece in pieces:
-        why = _why_not(piece)
-        if why:
-            raise MismatchError(
-                opened.label, f"{quote(piece.adapter)} {why}, and is no product of two factors",
-                "weightops convert --to lora --base MODEL makes a plain LoRA of it",
-            )  # fmt: skip
-    return state, pieces
-
-
 def _why_not(piece: Piece) -> str:
     if "dora_scale" in piece.parts:
         return "has a magnitude (DoRA)"
@@ -157,9 +195,7 @@ def _module(piece: Piece) -> Module:
     return Module(piece.component, piece.name, piece.shape, piece.family.product_rank(piece.shapes))
 
 
-def _product(
-    opened: Checkpoint, piece: Piece, leaves: dict[tuple[str, tuple[tuple[int, int], ...], int, int], bytes]
-) -> tuple[Tensor, Tensor]:
+def _product(opened: Checkpoint, piece: Piece, leaves: Leaves) -> tuple[Tensor, Tensor]:
     import xxhash
 
     assert piece.family.lowrank is not None

@@ -188,7 +188,7 @@ def test_only_the_command_line_prints(path: Path) -> None:
 def test_torch_numpy_and_rich_are_imported_where_they_are_used(path: Path) -> None:
     """At the top of a file they would be paid for by --help, and by whoever only looks at a header."""
     heavy = {"torch", "numpy", "rich", "xxhash", "huggingface_hub", "safetensors", "matplotlib", "scipy", "yaml"}
-    heavy |= {"accelerate", "diffusers", "peft", "PIL", "transformers", "imageio_ffmpeg"}
+    heavy |= {"accelerate", "diffusers", "peft", "PIL", "transformers", "imageio_ffmpeg", "onnxruntime"}
     if name_of(path) in TORCH_AT_THE_TOP:
         heavy -= {"torch"}
     for node in tree_of(path).body:
@@ -223,7 +223,7 @@ def test_no_module_changes_anything_when_it_is_imported() -> None:
     """Definitions and registration only: no call at the top of a file but of what makes a value."""
     allowed = re.compile(
         r"frozenset|tuple|dict|re\.compile|TypeVar|Registry|threading\.local|ContextVar|namedtuple"
-        r"|click\.option|together|run|console|Dtype|Entry|struct\.Struct|max|same|under|Variant|within|refuse_shares|ranked|Look"
+        r"|click\.option|together|run|console|Dtype|Entry|struct\.Struct|max|same|under|Variant|within|refuse_shares|ranked|Look|Method"
     )
     for path in FILES:
         for node in tree_of(path).body:
@@ -266,12 +266,18 @@ EXTRAS = {
     "rebasin": {"scipy": ("merging/rebasin.py",)},
     "diffusion": {
         "accelerate": ("diffusion/",),
-        "diffusers": ("diffusion/",),
+        "diffusers": ("diffusion/", "synthesis/"),
         "matplotlib": ("cli/plots.py", "diffusion/figures.py"),
         "peft": ("diffusion/",),
-        "PIL": ("diffusion/",),
-        "safetensors": ("diffusion/",),
-        "transformers": ("diffusion/",),
+        "PIL": ("diffusion/", "synthesis/"),
+        "safetensors": ("diffusion/", "synthesis/"),
+        "transformers": ("diffusion/", "synthesis/"),
+    },
+    "synthesis": {
+        "accelerate": ("diffusion/",),
+        "matplotlib": ("cli/plots.py", "diffusion/figures.py"),
+        "onnxruntime": ("synthesis/embedders.py",),
+        "PIL": ("diffusion/", "synthesis/"),
     },
     "video": {"imageio_ffmpeg": ("diffusion/video.py",)},
 }

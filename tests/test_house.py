@@ -341,6 +341,15 @@ def test_every_command_has_its_module() -> None:
         assert command.name == entry.name
 
 
+def test_every_command_of_a_group_has_its_module() -> None:
+    from weightops.cli.synth import command
+
+    for entry in command.entries:  # type: ignore[attr-defined]
+        found = importlib.import_module(f"weightops.cli.synth_{entry.name.replace('-', '_')}").command
+        assert found.name == entry.name
+        assert f"weightops synth {entry.name}" in readme()
+
+
 def readme() -> str:
     return (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -372,7 +381,7 @@ def test_every_command_line_that_is_shown_can_be_said(name: str) -> None:
         command = main.get_command(context, words[0])
         assert command is not None, words
         rest = list(words[1:])
-        if isinstance(command, click.Group) and rest and rest[0] in command.list_commands(context):
+        while isinstance(command, click.Group) and rest and rest[0] in command.list_commands(context):
             command = command.get_command(context, rest.pop(0))
             assert command is not None, words
         parser = command.make_parser(click.Context(command, parent=context))

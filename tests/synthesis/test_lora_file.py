@@ -308,7 +308,7 @@ def test_a_dialect_without_names_for_a_pack_says_so(tmp_path: Path) -> None:
     """The fourth of the modules that Flux' single blocks pack is of another size, which a tiny model does not tell."""
     module = Module("transformer", "single_transformer_blocks.0.attn.to_q", (128, 128), 2)
     alone, factors = Layout("flux", (module,)), [(torch.ones(128, 2), torch.ones(2, 128))]
-    with pytest.raises(UsageError, match="--dialect: kohya cannot hold this LoRA: .*their sizes are not known"):
+    with pytest.raises(UsageError, match=r"--dialect: kohya cannot hold this LoRA: .*their sizes are not known"):
         write_lora(tmp_path / "a.safetensors", alone, factors, dialect="kohya", recipe=RECIPE)
     write_lora(tmp_path / "a.safetensors", alone, factors, dialect="diffusers", recipe=RECIPE)
     assert apart(read_factors(tmp_path / "a.safetensors", alone)[0], factors) < 1e-6

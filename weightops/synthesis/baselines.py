@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from weightops.errors import FormatError, MismatchError, quote
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import numpy as np
     from torch import Tensor
+
+    Parts = Callable[[], Iterator[tuple[slice, np.ndarray]]]  # features of some members at a time
 
 MOST_FOR_SQUARES = 64  # numbers of a condition, up to which their squares and products are features, too
 _PENALTIES = (1e-6, 1e6, 37)  # of the mean eigenvalue of the features: from, to, and how many
@@ -142,43 +144,57 @@ def fit_ridge(conditions: np.ndarray, latents: Tensor) -> Ridge:
         return expanded(standard(conditions[rows]), quadratic=quadratic)
 
     features = _standard_of_parts(made, n)
-    target = latents.double().numpy()
-    intercept = target.mean(0)
-    target = target - intercept
-    width = len(features.mean)
 
     def parts() -> Iterator[tuple[slice, np.ndarray]]:
         for rows in _slices(n):
             yield rows, features(made(rows))
 
-    # X = U S Vᵀ by the smaller of its two Gram matrices; `right` is V [p, r], `left` a part of U at a time.
-    if width <= n:
-        gram = np.zeros((width, width))
-        for _, part in parts():
-            gram += part.T @ part
-        values, right = _eigen(gram)
-    else:
-        whole = np.concatenate([part for _, part in parts()])
-        values, left = _eigen(whole @ whole.T)
-        right = whole.T @ (left / np.sqrt(values))
-    low, high, count = _PENALTIES
-    penalties = np.geomspace(low, high, count) * (values.mean() if len(values) else 1.0)
+    target = latents.double().numpy()
+    intercept = target.mean(0)
+    target = target - intercept
+    values, right = _decomposed(parts, n, len(features.mean))
     turned = np.zeros((len(values), target.shape[1]))
     for rows, part in parts():
         turned += (part @ right).T @ target[rows]  # S Uᵀ Y
-    errors = np.zeros(count)
-    for rows, part in parts():
-        scores = part @ right  # U S
-        for i, penalty in enumerate(penalties):
-            shrunk = values + penalty
-            left_over = target[rows] - scores @ (turned / shrunk[:, None])
-            leverage = 1 / n + (scores**2 / shrunk).sum(1)
-            errors[i] += float(((left_over / np.maximum(1 - leverage, 1e-12)[:, None]) ** 2).sum())
+    low, high, count = _PENALTIES
+    penalties = np.geomspace(low, high, count) * (values.mean() if len(values) else 1.0)
+    errors = _left_out(parts, target, values, right, turned, penalties)
     best = int(errors.argmin())
     total = float((target**2).sum())
     weights = right @ (turned / (values + penalties[best])[:, None])
     left_out = float(errors[best]) / total if total > 0 else 1.0
     return Ridge(standard, features, weights, intercept, float(penalties[best]), left_out)
+
+
+def _decomposed(parts: Parts, n: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """S² and V [p, r] of the features X = U S Vᵀ, by the smaller of the two Gram matrices."""
+    import numpy as np
+
+    if width <= n:
+        gram = np.zeros((width, width))
+        for _, part in parts():
+            gram += part.T @ part
+        return _eigen(gram)
+    whole = np.concatenate([part for _, part in parts()])
+    values, left = _eigen(whole @ whole.T)
+    return values, whole.T @ (left / np.sqrt(values))
+
+
+def _left_out(
+    parts: Parts, target: np.ndarray, values: np.ndarray, right: np.ndarray, turned: np.ndarray, penalties: np.ndarray
+) -> np.ndarray:
+    """The squared error of predicting each member from the others, for each penalty."""
+    import numpy as np
+
+    errors = np.zeros(len(penalties))
+    for rows, part in parts():
+        scores = part @ right  # U S
+        for i, penalty in enumerate(penalties):
+            shrunk = values + penalty
+            left_over = target[rows] - scores @ (turned / shrunk[:, None])
+            leverage = 1 / len(target) + (scores**2 / shrunk).sum(1)
+            errors[i] += float(((left_over / np.maximum(1 - leverage, 1e-12)[:, None]) ** 2).sum())
+    return errors
 
 
 def _eigen(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,6 @@ aligned in it is its owner's business.
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,11 +204,13 @@ def _onnx(place: Path, label: str) -> Embedder:
     import numpy as np
 
     need(label, "onnxruntime", extra="synthesis")
-    onnxruntime: Any = importlib.import_module("onnxruntime")  # with or without types
-    settings = onnxruntime.SessionOptions()
+    import onnxruntime  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+    runtime: Any = onnxruntime
+    settings = runtime.SessionOptions()
     settings.log_severity_level = 4  # what is wrong is raised, too
     try:
-        session = onnxruntime.InferenceSession(str(place), settings, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(str(place), settings, providers=["CPUExecutionProvider"])
     except Exception as e:  # the library raises of everything
         raise FormatError(label, f"cannot be loaded as an ONNX model: {_one_line(e)}") from None
     name, size, batch = _input_of(session, label)

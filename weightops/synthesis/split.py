@@ -26,7 +26,7 @@ def split_count(count: int, held_out: float | int, seed: int, *, label: str) -> 
 
     if not 0 <= seed < 2**63:
         raise UsageError("--seed", f"found {seed}, expected 0 to {2**63 - 1:,}")
-    if not held_out >= 0 or (held_out >= 1 and held_out != int(held_out)):  # NaN, too
+    if not 0 <= held_out < 2**63 or (held_out >= 1 and held_out != int(held_out)):  # NaN, too
         expected = "a share below 1, such as 0.2, or a whole number of LoRAs"
         raise UsageError("--held-out", f"found {held_out}, expected {expected}")
     apart = round(held_out * count) if held_out < 1 else int(held_out)

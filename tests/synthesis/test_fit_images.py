@@ -186,6 +186,7 @@ def test_nothing_is_written_by_a_dry_run(base: Base, fitted: Path, tmp_path: Pat
         ({"components": 9}, UsageError, "--components: found 9, expected 1 to 5, of which .*pca.safetensors is"),
         ({"output": "x.ckpt"}, UsageError, "x.ckpt: the output's name must end in .safetensors"),
         ({"dialect": "peft", "output": "x.safetensors"}, UsageError, "a folder is written here"),
+        ({"model_dtype": "fp16"}, UsageError, "--model-dtype: found 'fp16', expected fp32 or bf16"),
         ({"model": "nowhere"}, WeightopsError, "nowhere"),
     ],
 )

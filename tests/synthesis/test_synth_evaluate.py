@@ -18,7 +18,7 @@ from little_base import Base, factors_of, little_base, little_space
 sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
 from commandline import weightops_here
 
-from weightops.errors import MismatchError, OutputError, UsageError
+from weightops.errors import Interrupted, MismatchError, OutputError, UsageError
 from weightops.synthesis import evaluation_conditioned
 from weightops.synthesis.evaluate import EvaluateReport, evaluate
 from weightops.synthesis.evaluation_cells import Cell, Cells, Measured, mean_and_spread, spread_table
@@ -223,7 +223,7 @@ def test_an_interrupted_evaluation_goes_on(space: Space, tmp_path: Path, monkeyp
         return asked(*words)
 
     monkeypatch.setattr(evaluation_conditioned, "rows_by", broken)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match=r"interrupted after .* pieces, which are kept in"):
         evaluate(space.folder, **SMALL, output=tmp_path / "broken")
     assert not (tmp_path / "broken" / "evaluation.json").exists()
     kept = len(list((tmp_path / "broken" / "cells").iterdir()))
@@ -272,6 +272,9 @@ def test_a_spread_is_the_deviation_over_seeds(tmp_path: Path) -> None:
     table = spread_table(cells, "p", title="t", heads=("one", "two"), columns=(Measured("x", "X"), Measured("y", "Y")))
     assert table.columns == ("one", "two", "X", "± X")
     assert table.rows == (("a", "b", 2.0, pytest.approx(math.sqrt(2))),)
+    one = Cells(tmp_path / "one", {})
+    one.measure(made[:1], lambda *_: None)
+    assert spread_table(one, "p", title="t", heads=("one", "two"), columns=(Measured("x", "X"),)).columns[2:] == ("X",)
 
 
 # ------------------------------------------------------------------------------------------------ what is lacking

@@ -11,7 +11,7 @@ from weightops.diffusion.objectives import KINDS
 from weightops.errors import UsageError, printable, quote
 from weightops.synthesis.evaluate import evaluate
 from weightops.synthesis.evaluation_inputs import METHODS
-from weightops.synthesis.fit_images import L2, LR, STEPS
+from weightops.synthesis.fit_images import L2, LR, MODEL_DTYPES, STEPS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,7 +74,7 @@ _learning = options.together(
     click.option("--l2", type=float, metavar="X", default=L2, show_default=True, help="Their prior."),
     click.option("--few-images", type=int, metavar="N", default=4, show_default=True, help="To learn from."),
     click.option("--learners", type=int, metavar="N", default=16, show_default=True, help="LoRAs that are learnt."),
-    click.option("--plain-lrs", type=options.Numbers(), default="0.001,0.003,0.01,0.03", show_default=True,
+    click.option("--plain-lrs", type=options.Numbers(), default="0.005,0.01,0.02,0.04", show_default=True,
                  help="Of plain training, the best of which stands in the table."),
     click.option("--generate", type=int, metavar="N", default=0, show_default=True,
                  help="Images of each LoRA, compared with the condition by --embedder."),
@@ -91,8 +91,8 @@ _learning = options.together(
 @_learning
 @click.option("-o", "--output", metavar="DIR", help="Where to write; an interrupted evaluation goes on there.")
 @click.option("--memory", type=options.Size(), default="2GiB", show_default=True, help="Bytes of a fit.")
-@click.option("--model-dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True,
-              help="Of the model at work; auto: fp32 on the CPU, 16 bits on CUDA.")  # fmt: skip
+@click.option("--model-dtype", type=click.Choice(MODEL_DTYPES), default="fp32", show_default=True,
+              help="Of the frozen weights.")  # fmt: skip
 @options.device
 @options.force
 @click.option("--dry-run", is_flag=True, help="Say what would be measured, and what not.")

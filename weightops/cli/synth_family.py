@@ -23,7 +23,7 @@ if TYPE_CHECKING:
               help="Of each creature, to train on.")  # fmt: skip
 @click.option("--held-out", type=int, metavar="N", default=8, show_default=True,
               help="Of each creature, not trained on.")  # fmt: skip
-@click.option("--steps", type=int, metavar="N", default=80, show_default=True, help="Of training, of each LoRA.")
+@click.option("--steps", type=int, metavar="N", default=60, show_default=True, help="Of training, of each LoRA.")
 @click.option("--base-steps", type=int, metavar="N", default=1200, show_default=True, help="Of training, of the base.")
 @click.option("--random-gauge", is_flag=True, help="The same LoRAs by other factors, too, in loras-random-gauge.")
 @click.option("--force", is_flag=True, help="Begin anew where a family stands.")

@@ -10,7 +10,7 @@ from weightops.cli import options, render
 from weightops.diffusion.objectives import KINDS
 from weightops.errors import printable
 from weightops.lora.dialects import DIALECTS
-from weightops.synthesis.fit_images import L2, LR, STEPS, fit_images
+from weightops.synthesis.fit_images import L2, LR, MODEL_DTYPES, STEPS, fit_images
 from weightops.synthesis.lora_file import DTYPES
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
               help="Whose names the LoRA has.")  # fmt: skip
 @click.option("--rank", type=int, metavar="R", help="Of the LoRA, at its best.  [default: the space's]")
 @click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Of the LoRA.")
-@click.option("--model-dtype", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True,
-              help="Of the frozen weights; auto: fp32 on the CPU, 16 bits on CUDA.")  # fmt: skip
+@click.option("--model-dtype", type=click.Choice(MODEL_DTYPES), default="fp32", show_default=True,
+              help="Of the frozen weights.")  # fmt: skip
 @options.device
 @options.force
 @click.option("--dry-run", is_flag=True, help="Say what would be learnt and written; no model is read.")

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from weightops.diffusion.processes import Processes
     from weightops.synthesis.fitted import Fitted
     from weightops.synthesis.gram import DeltaPca
-    from weightops.synthesis.sweep import Tick
     from weightops.synthesis.space import Space
+    from weightops.synthesis.sweep import Tick
 
 MADE = "made here"
 

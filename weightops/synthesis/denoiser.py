@@ -249,7 +249,8 @@ def _standardised(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     import torch
 
     wide = values.to(torch.float64)
-    means, deviations = wide.mean(0), wide.std(0, correction=0)
+    means = wide.mean(0)
+    deviations = (wide - means).square().mean(0).sqrt()
     unchanged = deviations <= 1e-9 * means.abs().clamp_min(1e-30)
     deviations = torch.where(unchanged, 1.0, deviations)
     made = (wide - means) / deviations

@@ -36,7 +36,7 @@ def shapes_of(latents: int, conditions: int, width: int, conditioning: str, rank
         "in": (latents, width), "in-bias": (width,),
         "time.first": (2 * _WAVES, width), "time.first-bias": (width,),
         "time.second": (width, width), "time.second-bias": (width,),
-        "out.norm": (width, 2 * width), "out.norm-bias": (2 * width,),
+        "norms": (width, 2 * (BLOCKS + 1) * width), "norms-bias": (2 * (BLOCKS + 1) * width,),
         "out": (width, latents), "out-bias": (latents,),
     }  # fmt: skip
     embedded = max(1, width // _NARROWER)
@@ -49,9 +49,8 @@ def shapes_of(latents: int, conditions: int, width: int, conditioning: str, rank
         }  # fmt: skip
     for i in range(BLOCKS):
         shapes |= {
-            f"{i}.norm": (width, 2 * width), f"{i}.norm-bias": (2 * width,),
-            f"{i}.first": (width, width), f"{i}.first-bias": (width,), f"{i}.second": (width, width),
-            f"{i}.second-bias": (width,),
+            f"{i}.first": (width, width), f"{i}.first-bias": (width,),
+            f"{i}.second": (width, width), f"{i}.second-bias": (width,),
         }  # fmt: skip
         if conditions and conditioning == "adalora":
             shapes |= {
@@ -63,7 +62,7 @@ def shapes_of(latents: int, conditions: int, width: int, conditioning: str, rank
 
 def begun(latents: int, conditions: int, width: int, conditioning: str, rank: int, seed: int) -> Weights:
     """New weights: scales, shifts, AdaLoRA's B and what is said are zero."""
-    zero = {"out", "out.norm", *(f"{i}.{name}" for i in range(BLOCKS) for name in ("norm", "lora-b"))}
+    zero = {"out", "norms", *(f"{i}.lora-b" for i in range(BLOCKS))}
     weights = starting(shapes_of(latents, conditions, width, conditioning, rank), seed, zero=frozenset(zero))
     for i in range(BLOCKS if "0.lora-a" in weights else 0):
         weights[f"{i}.lora-a"] /= math.sqrt(width)  # as a matrix [in, out] begins, which A(y) is for x
@@ -80,21 +79,23 @@ def denoised(
     """
     from torch.nn.functional import silu
 
-    x = noisy @ weights["in"] + weights["in-bias"]
+    x = _dense(weights, "in", noisy)
     seen = _embedded(weights, "time", _waves(times))
     y = _condition(weights, condition, unasked, len(x))
     is_lora = "0.lora-a" in weights
     # Of AdaNorm the condition is seen where the time is.
     seen = silu(seen if y is None or is_lora else seen + y)
+    # A scale and a shift for each block and for what is said, all at once.
+    norms = _dense(weights, "norms", seen).chunk(2 * (BLOCKS + 1), dim=-1)
     for i in range(BLOCKS):
-        inner = _normed(weights, f"{i}.norm", x, seen)
+        inner = _normed(x, *norms[2 * i : 2 * i + 2])
         if is_lora and y is not None:
             inner = adapted(weights, str(i), inner, y, rank)
-        inner = silu(inner @ weights[f"{i}.first"] + weights[f"{i}.first-bias"])
+        inner = silu(_dense(weights, f"{i}.first", inner))
         if kept is not None:
             inner = inner * kept[:, i * x.shape[1] : (i + 1) * x.shape[1]]
-        x = x + inner @ weights[f"{i}.second"] + weights[f"{i}.second-bias"]
-    return _normed(weights, "out.norm", x, seen) @ weights["out"] + weights["out-bias"]
+        x = x + _dense(weights, f"{i}.second", inner)
+    return _dense(weights, "out", _normed(x, *norms[-2:]))
 
 
 def _condition(
@@ -117,25 +118,29 @@ def _condition(
 def adapted(weights: Mapping[str, Tensor], block: str, x: Tensor, y: Tensor, rank: int) -> Tensor:
     """x + x·A(y)·B(y) of x and y [b, w]: another low-rank matrix for each."""
     width = x.shape[-1]
-    a = (y @ weights[f"{block}.lora-a"] + weights[f"{block}.lora-a-bias"]).view(-1, width, rank)
-    b = (y @ weights[f"{block}.lora-b"] + weights[f"{block}.lora-b-bias"]).view(-1, rank, width)
+    a = _dense(weights, f"{block}.lora-a", y).view(-1, width, rank)
+    b = _dense(weights, f"{block}.lora-b", y).view(-1, rank, width)
     # Sums of products, and not products of matrices: one small matrix for each row is slow to multiply with.
     low = (x[:, :, None] * a).sum(1)
     changed: Tensor = x + (low[:, :, None] * b).sum(1)
     return changed
 
 
+def _dense(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    import torch
+
+    return torch.addmm(weights[f"{name}-bias"], x, weights[name])
+
+
 def _embedded(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
     from torch.nn.functional import silu
 
-    first = silu(x @ weights[f"{name}.first"] + weights[f"{name}.first-bias"])
-    return first @ weights[f"{name}.second"] + weights[f"{name}.second-bias"]
+    return _dense(weights, f"{name}.second", silu(_dense(weights, f"{name}.first", x)))
 
 
-def _normed(weights: Mapping[str, Tensor], name: str, x: Tensor, seen: Tensor) -> Tensor:
+def _normed(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     from torch.nn.functional import layer_norm
 
-    scale, shift = (seen @ weights[name] + weights[f"{name}-bias"]).chunk(2, dim=-1)
     return layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 

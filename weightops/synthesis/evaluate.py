@@ -37,7 +37,7 @@ from weightops.synthesis.evaluation_inputs import (
     look,
 )
 from weightops.synthesis.evaluation_measures import Gaps
-from weightops.synthesis.fit_images import L2, LR, STEPS
+from weightops.synthesis.fit_images import L2, LR, STEPS, check_dtype
 from weightops.synthesis.gap import changes_texts, check_base
 from weightops.synthesis.own_images import OwnImages
 from weightops.synthesis.pca import DEFAULT_MEMORY
@@ -127,7 +127,7 @@ def evaluate(
     l2: float = L2,
     few_images: int = 4,
     learners: int = 16,
-    plain_lrs: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2),
+    plain_lrs: Sequence[float] = (5e-3, 1e-2, 2e-2, 4e-2),
     vae_steps: int = 1000,
     diffusion_steps: int = 2000,
     generate: int = 0,
@@ -142,7 +142,7 @@ def evaluate(
     output: Place | None = None,
     memory: int = DEFAULT_MEMORY,
     device: str = "auto",
-    model_dtype: str = "auto",
+    model_dtype: str = "fp32",
     force: bool = False,
     dry_run: bool = False,
     on_progress: Told = unseen,
@@ -172,6 +172,7 @@ def evaluate(
         shown, sampling_steps, guidance, prompt, resolution_of(resolution), prediction,
     )  # fmt: skip
     check_words(words)
+    check_dtype(model_dtype)
     folders = [os.fspath(spaces)] if isinstance(spaces, str | os.PathLike) else [os.fspath(one) for one in spaces]
     if not folders:
         raise UsageError("synth evaluate", "found no space, expected one or more")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
 from weightops.diffusion.tables import Table, write_whole
-from weightops.errors import OutputError
+from weightops.errors import Interrupted, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -62,19 +62,26 @@ class Cells:
             raise OutputError(str(self._folder), f"cannot be made: {e.strerror or e}") from None
 
     def measure(self, cells: Iterable[Cell], told: Told) -> None:
-        """Measure what was not measured yet; what is found is kept at once. Raises WeightopsError."""
+        """Measure what was not measured yet; what is found is kept at once. Raises WeightopsError, Interrupted."""
         cells = list(cells)
         for done, cell in enumerate(cells):
-            told(done, len(cells), f"{cell.part}: {', '.join(cell.row)}, seed {cell.seed}")
-            path = self._folder / f"{cell.key(self._common)}.json"
-            found = _read(path)
-            if found is None:
-                found = dict(cell.measure())
-                write_whole(path, json.dumps(found, sort_keys=True).encode())
-            else:
-                self.taken += 1
-            self._found[cell.part, cell.row, cell.seed] = found
+            told(done, len(cells), f"{cell.part}: {', '.join(filter(None, cell.row))}, seed {cell.seed}")
+            try:
+                self._found[cell.part, cell.row, cell.seed] = self._measured(cell)
+            except (Interrupted, KeyboardInterrupt):
+                what = f"interrupted after {done:,} of {len(cells):,} pieces, which are kept in {self._folder.parent}"
+                raise Interrupted("synth evaluate", what, "the same command goes on from there") from None
         told(len(cells), len(cells), "done")
+
+    def _measured(self, cell: Cell) -> Mapping[str, Any]:
+        path = self._folder / f"{cell.key(self._common)}.json"
+        found = _read(path)
+        if found is None:
+            found = dict(cell.measure())
+            write_whole(path, json.dumps(found, sort_keys=True).encode())
+        else:
+            self.taken += 1
+        return found
 
     def rows(self, part: str) -> list[Row]:
         """The rows of a part, in the order in which they were first met."""
@@ -131,24 +138,21 @@ def spread_table(
 ) -> Table:  # fmt: skip
     """A row for each of the part's (or of `rows`): its words under `heads`, and of each column mean and spread.
 
-    A column of which no row has anything is left out.
+    A column in which no row has anything is left out.
     """
     kept = [row for row in cells.rows(part) if rows is None or row in rows]
-    shown = [c for c in columns if any(cells.values(part, row, c.name) for row in kept)]
     names: list[str] = list(heads)
-    for column in shown:
-        names += [column.head, f"± {column.head}"] if column.spread else [column.head]
-    lines: list[tuple[Value, ...]] = []
-    for row in kept:
-        line: list[Value] = [*row]
-        for column in shown:
-            mean, spread = mean_and_spread(cells.values(part, row, column.name))
-            factor = 100.0 if column.percent else 1.0
-            line.append(None if mean is None else mean * factor)
-            if column.spread:
-                line.append(None if spread is None else spread * factor)
-        lines.append(tuple(line))
-    return Table(title, tuple(names), tuple(lines), note, decimals)
+    lines: list[list[Value]] = [[*row] for row in kept]
+    for column in columns:
+        found = [mean_and_spread(cells.values(part, row, column.name)) for row in kept]
+        factor = 100.0 if column.percent else 1.0
+        for name, place in ((column.head, 0), (f"± {column.head}", 1))[: 1 + column.spread]:
+            values = [pair[place] for pair in found]
+            if any(value is not None for value in values):
+                names.append(name)
+                for line, value in zip(lines, values, strict=True):
+                    line.append(None if value is None else value * factor)
+    return Table(title, tuple(names), tuple(map(tuple, lines)), note, decimals)
 
 
 def seeds_said(count: int) -> str:

@@ -156,7 +156,7 @@ def _missing(
         COPIES: "",
         LEARNT: _unless(words, ("learned", "plain"), _needs(*functional, ("--few", few))),
         SHOWN: "not asked for: --generate N" if not words.generate else (
-            _needs(("--model", model), ("--embedder", embedder), held)
+            _needs(*functional, ("--embedder", embedder), held)
         ),
     }  # fmt: skip
     return found

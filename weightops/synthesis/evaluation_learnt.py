@@ -27,9 +27,9 @@ _SAYS = (
     "For held-out LoRAs, each from its few images and by gradient descent through the frozen model: the coefficients "
     "of the space, or a LoRA from nothing. Both take the same images, steps, batches and noises; plain training is "
     "shown at each learning rate that was tried, and its best row is the best on these very held-out images, which "
-    "favours it; the rate of the coefficients was not chosen so. Plain training starts with the model alone and the "
-    "coefficients with the mean LoRA, which is shown, too: what it gives is not learnt from these images. More steps "
-    "may help plain training more. " + GAP
+    "favours it; the rate and the prior of the coefficients are those that were asked for, and were not chosen on "
+    "these. Plain training starts with the model alone and the coefficients with the mean LoRA, which is shown, too: "
+    "what it gives is not learnt from these images. More steps may help plain training more. " + GAP
 )
 _COLUMNS = (
     Measured("gap", "gap"), Measured("worse than none", "worse than none, %", percent=True),

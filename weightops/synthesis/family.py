@@ -5,6 +5,7 @@ A LoRA is of one made-up creature, whom seven numbers describe. What stands is k
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
@@ -16,7 +17,7 @@ from weightops import __version__
 from weightops.diffusion.extras import need
 from weightops.errors import Interrupted, UsageError, printable
 from weightops.ops.report import peak_memory_bytes
-from weightops.synthesis.family_base import make_base
+from weightops.synthesis.family_base import encoded, make_base
 from weightops.synthesis.family_embedder import make_embedder
 from weightops.synthesis.family_folder import (
     BASE,
@@ -105,7 +106,7 @@ def family(
     rank: int = 2,
     images: int = 16,
     held_out: int = 8,
-    steps: int = 80,
+    steps: int = 60,
     base_steps: int = 1200,
     random_gauge: bool = False,
     force: bool = False,
@@ -147,6 +148,8 @@ def _check(words: Words) -> None:
         if value < least.get(name, 1):
             option = "--" + name.replace("_", "-")
             raise UsageError(option, f"found {value}, expected {least.get(name, 1)} or more")
+    if words.seed >= 2**63:
+        raise UsageError("--seed", f"found {words.seed}, expected less than 2^63")
     if words.rank > 16:
         raise UsageError("--rank", f"found {words.rank}, but the base's narrowest modules have 16 channels")
 
@@ -196,23 +199,23 @@ def _train(made: Family, on_progress: Progress) -> Layout:
 
     done = words.count - len(left)
     on_progress(done, words.count, "training LoRAs")
-    for group, (factors, losses) in zip(groups, at_once(trainer, learnt, groups), strict=True):
-        for place, number in enumerate(group):
-            own = [(up[place], down[place]) for up, down in factors]
-            write_lora(made.file(names[number]), layout, own, recipe=recipe, force=True)
-            base, with_it = losses[place].tolist()
-            made.losses[names[number]] = base, with_it
-        made.save()
-        done += len(group)
-        on_progress(done, words.count, "training LoRAs")
+    # Closed whatever happens: the threads of an iterator that is only forgotten would go on to the last group.
+    with contextlib.closing(at_once(trainer, learnt, groups)) as found:
+        for group, (factors, losses) in zip(groups, found, strict=True):
+            for place, number in enumerate(group):
+                own = [(up[place], down[place]) for up, down in factors]
+                write_lora(made.file(names[number]), layout, own, recipe=recipe, force=True)
+                base, with_it = losses[place].tolist()
+                made.losses[names[number]] = base, with_it
+            made.save()
+            done += len(group)
+            on_progress(done, words.count, "training LoRAs")
     return layout
 
 
 def _latents(loaded: Loaded, drawn: np.ndarray) -> Tensor:
     """Of pictures [L, n, side, side, 3]: [L, n, c, h, w], scaled."""
     import torch
-
-    from weightops.synthesis.family_base import encoded
 
     return torch.stack([encoded(loaded.pipe.vae, own) for own in drawn])
 

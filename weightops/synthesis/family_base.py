@@ -7,29 +7,24 @@ is the same bytes on a machine of any number of cores. Knows no LoRA.
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightops.diffusion.extras import hushed
-from weightops.diffusion.tiny import letters
-from weightops.naming.keymap import ARCHITECTURES
-from weightops.synthesis.family_pictures import CAPTION, SIDE, draw, identities
+from weightops.synthesis import family_networks as networks
+from weightops.synthesis.family_pictures import CAPTION, draw, generator, identities
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from torch import Tensor, nn
 
 # How much is done, of how much, and of what.
 Progress = Callable[[int, int, str], None]
 
-ARCHITECTURE = "sd15"
-TOKENS = 16  # of a caption, which is read letter by letter: each of them costs time in every attention layer
-
-# Streams of chance from the family's seed; the family's own begin at 16.
+# Streams of chance from the family's seed; those of LoRAs begin at 16, of pictures at 32, of the embedder at 48.
 _VAE, _POOL, _UNET, _SEEN = 0, 1, 2, 3
 
 _POOLED = 6144  # pictures that the UNet learns from
@@ -37,11 +32,6 @@ _UNET_BATCH, _VAE_BATCH = 48, 12
 _UNET_RATE, _VAE_RATE = 4e-3, 1e-2
 _SOFT = 0.05  # of the latents' deviation, which the VAE says of each picture's, and is trained to bear
 _UNCAPTIONED = 0.1  # of the pictures: so that it knows what guidance guides away from
-
-# What follows from shapes elsewhere (heads of 64, groups of 32) would make it four times as large, and slow.
-_WIDTHS = (16, 32, 32, 32)
-_VAE_WIDTHS = (16, 24, 32)  # three levels: 8 latents a side for 32 pixels
-_TEXT = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,81 +52,24 @@ def make_base(folder: Path, *, steps: int, seed: int, on_progress: Progress) -> 
 
     with torch.random.fork_rng(devices=[]), hushed():
         torch.manual_seed(seed)
-        vae, unet, text_encoder, tokenizer = _vae(), _unet(), _text_encoder(), _tokenizer()
+        vae, unet, encoder, tokenizer = networks.vae(), networks.unet(), networks.text_encoder(), networks.tokenizer()
         error = _train_vae(vae, max(1, steps * 4 // 5), seed, on_progress)
-        captions = _embedded(text_encoder, tokenizer, ["", CAPTION])
+        captions = _embedded(encoder, tokenizer, ["", CAPTION])
         loss = _train_unet(unet, _latents(vae, min(_POOLED, 32 * steps), seed), captions, steps, seed, on_progress)
-        _write(folder, vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer)
+        networks.write_base(folder, vae=vae, unet=unet, text_encoder=encoder, tokenizer=tokenizer)
     return Learnt(error, loss)
 
 
-# ------------------------------------------------------------------------------------------------ its parts
-
-
-def _vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    levels = len(_VAE_WIDTHS)
-    made: Any = AutoencoderKL
-    return made(
-        block_out_channels=_VAE_WIDTHS, down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels, layers_per_block=1, norm_num_groups=8, latent_channels=4,
-        sample_size=SIDE, scaling_factor=0.18215,
-    )  # fmt: skip
-
-
-def _unet() -> Any:
-    from diffusers import UNet2DConditionModel
-
-    made: Any = UNet2DConditionModel
-    return made(
-        block_out_channels=_WIDTHS, layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
-        cross_attention_dim=_TEXT, sample_size=SIDE >> len(_VAE_WIDTHS) - 1,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    )  # fmt: skip
-
-
-def _text_encoder() -> Any:
-    """CLIP's, with random weights: one caption needs no understanding."""
-    import transformers
-
-    config = transformers.CLIPTextConfig(
-        hidden_size=_TEXT, intermediate_size=2 * _TEXT, num_hidden_layers=2, num_attention_heads=2, vocab_size=514,
-        max_position_embeddings=TOKENS, projection_dim=_TEXT, hidden_act="quick_gelu", bos_token_id=0, eos_token_id=2,
-        pad_token_id=1,
-    )  # fmt: skip
-    made: Any = transformers.CLIPTextModel
-    return made(config).eval()
-
-
-def _tokenizer() -> Any:
-    found = letters()
-    found.model_max_length = TOKENS
-    return found
-
-
-def _scheduler() -> Any:
-    """That of the architecture, for a UNet that predicts velocities: what an image is made of is learnt evenly at all
-    times, where noise that is predicted tells little of it."""
-    import diffusers
-
-    named = ARCHITECTURES.get(ARCHITECTURE).pipeline
-    assert named is not None
-    made: Any = getattr(diffusers, str(named.classes["scheduler"][1]))
-    return made.from_config({**named.scheduler, "prediction_type": "v_prediction"})
+# ------------------------------------------------------------------------------------------------ trained
 
 
 def _embedded(text_encoder: Any, tokenizer: Any, captions: list[str]) -> Tensor:
     import torch
 
-    words = tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    words = tokenizer(captions, padding="max_length", max_length=networks.TOKENS, truncation=True, return_tensors="pt")
     with torch.no_grad():
         found: Tensor = text_encoder(words.input_ids)[0]
     return found
-
-
-# ------------------------------------------------------------------------------------------------ trained
 
 
 def _train_vae(vae: Any, steps: int, seed: int, on_progress: Progress) -> float:
@@ -149,7 +82,7 @@ def _train_vae(vae: Any, steps: int, seed: int, on_progress: Progress) -> float:
     for step in range(steps):
         pictures = as_tensor(_drawn(numbers, _VAE_BATCH))
         latents = vae.encode(pictures).latent_dist.mean
-        soft = _SOFT * latents.detach().std() * _normal(numbers, latents.shape)
+        soft = _SOFT * latents.detach().std() * normal(numbers, latents.shape)
         course.step((vae.decode(latents + soft).sample - pictures).square().mean())
         on_progress(step + 1, steps, "teaching the VAE")
     vae.eval()
@@ -214,7 +147,7 @@ def _train_unet(unet: Any, pool: Tensor, captions: Tensor, steps: int, seed: int
         # Spread evenly, and each of them anywhere in its part: the loss of a step is steadier so.
         times = torch.from_numpy(((numbers.permutation(batch) + numbers.random(batch)) / batch * 1000).astype("int64"))
         words = captions[torch.from_numpy((numbers.random(batch) >= _UNCAPTIONED).astype("int64"))]
-        noise = _normal(numbers, latents.shape)
+        noise = normal(numbers, latents.shape)
         signal, share = (x[times].reshape(-1, 1, 1, 1) for x in (alphas.sqrt(), (1 - alphas).sqrt()))
         said = unet(signal * latents + share * noise, times, words).sample
         found = course.step((said - (signal * noise - share * latents)).square().mean())
@@ -230,7 +163,7 @@ def _alphas() -> Tensor:
         from diffusers import DDPMScheduler
 
         made: Any = DDPMScheduler
-        found: Tensor = made.from_config(_scheduler().config).alphas_cumprod.float()
+        found: Tensor = made.from_config(networks.scheduler().config).alphas_cumprod.float()
     return found
 
 
@@ -273,13 +206,6 @@ class _Course:
 # ------------------------------------------------------------------------------------------------ chance, pictures
 
 
-def generator(seed: int, *words: int) -> np.random.Generator:
-    """Numbers that follow from the seed and these words."""
-    import numpy as np
-
-    return np.random.default_rng((seed, *words))
-
-
 def as_tensor(pictures: np.ndarray) -> Tensor:
     """uint8 [n, height, width, 3] as float32 [n, 3, height, width] from −1 to 1."""
     import torch
@@ -291,36 +217,8 @@ def _drawn(numbers: np.random.Generator, count: int) -> np.ndarray:
     return draw(identities(count, numbers), numbers)
 
 
-def _normal(numbers: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+def normal(numbers: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal float32 of this shape."""
     import torch
 
     return torch.from_numpy(numbers.standard_normal(tuple(shape), "float32"))
-
-
-# ------------------------------------------------------------------------------------------------ written
-
-
-def _write(folder: Path, **parts: Any) -> None:
-    import diffusers
-
-    made: Any = diffusers.StableDiffusionPipeline
-    pipe = made(
-        **parts, scheduler=_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
-    whole = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        pipe.save_pretrained(whole, safe_serialization=True)
-        _as_published(whole / "text_encoder" / "model.safetensors")
-        whole.chmod(0o755)
-        whole.replace(folder)
-    finally:
-        shutil.rmtree(whole, ignore_errors=True)
-
-
-def _as_published(file: Path) -> None:
-    """The text encoder's names begin with `text_model.`, as every published file has them: new transformers drop it."""
-    from safetensors.torch import load_file, save_file
-
-    found = load_file(file)
-    if not any(name.startswith("text_model.") for name in found):
-        save_file({f"text_model.{name}": tensor for name, tensor in found.items()}, file, {"format": "pt"})

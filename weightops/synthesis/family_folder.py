@@ -15,8 +15,8 @@ from weightops import __version__
 from weightops.diffusion.pictures import open_picture
 from weightops.diffusion.tables import write_whole
 from weightops.errors import FormatError, OutputError, UsageError, listing, printable
-from weightops.synthesis.family_base import Learnt, Progress, generator
-from weightops.synthesis.family_pictures import CAPTION, NAMES, draw, identities
+from weightops.synthesis.family_base import Learnt, Progress
+from weightops.synthesis.family_pictures import CAPTION, NAMES, draw, generator, identities
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,7 @@ BASE, LORAS, OTHER_GAUGE, EMBEDDER = "base", "loras", "loras-random-gauge", "emb
 IMAGES, HELD_OUT, CONDITIONS = "images", "held-out", "conditions.csv"
 _OWN = (BASE, LORAS, OTHER_GAUGE, EMBEDDER, IMAGES, HELD_OUT, CONDITIONS, STATE)
 
-# Streams of chance: who they are, and the pictures of each.
+# Streams of chance, as in family_base: who they are, and the pictures of each.
 _WHO, _STREAMS = 32, {IMAGES: 33, HELD_OUT: 34}
 
 

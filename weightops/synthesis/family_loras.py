@@ -16,12 +16,14 @@ from weightops.diffusion.lora_modules import layers
 from weightops.diffusion.objectives import Draw, loss, noised
 from weightops.engine.run import usable_cores
 from weightops.errors import Interrupted
-from weightops.synthesis.family_base import ARCHITECTURE, generator
+from weightops.synthesis.family_base import normal
+from weightops.synthesis.family_networks import ARCHITECTURE
+from weightops.synthesis.family_pictures import generator
 from weightops.synthesis.layout import Layout, Module
 from weightops.synthesis.stacked import Stacked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     import numpy as np
     from torch import Tensor, nn
@@ -35,10 +37,11 @@ Learnt = TypeVar("Learnt")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_out")
 GROUP = 32  # LoRAs at once: above, a step takes longer in proportion
 _BATCH = 8  # pictures of each, in a step
-_RATE = 2e-2
+_RATE = 3e-2
 _PAIRS = 4  # timesteps of the held-out loss
+_THREADS = 8  # each takes some hundred MB
 
-# Streams of chance; those of the base are below.
+# Streams of chance, as in family_base.
 _START, _STEPS, _HELD_OUT, _GAUGE = 16, 17, 18, 19
 
 
@@ -125,7 +128,7 @@ class Trainer:
             for pair in range(_PAIRS):
                 time = int((pair + 0.5) * self._objective.steps / _PAIRS)
                 times = torch.full((count * pictures,), time)
-                noise = torch.cat([_normal(one, (pictures, *latents.shape[2:])) for one in numbers])
+                noise = torch.cat([normal(one, (pictures, *latents.shape[2:])) for one in numbers])
                 losses = self._losses(latents.flatten(0, 1), times, noise)
                 total += losses.double().reshape(count, pictures).mean(1) / _PAIRS
         return total.numpy()
@@ -138,7 +141,7 @@ class Trainer:
 
         chosen = torch.from_numpy(numbers.integers(pictures, size=_BATCH))
         times = (numbers.permutation(_BATCH) + numbers.random(_BATCH)) / _BATCH * self._objective.steps
-        return chosen, torch.from_numpy(times.astype("int64")), _normal(numbers, (_BATCH, *shape))
+        return chosen, torch.from_numpy(times.astype("int64")), normal(numbers, (_BATCH, *shape))
 
     def _losses(self, latents: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         import torch
@@ -152,7 +155,7 @@ class Trainer:
 
 def at_once(
     trainer: Trainer, learnt: Callable[[Trainer, list[int]], Learnt], groups: Sequence[list[int]]
-) -> Iterator[Learnt]:  # fmt: skip
+) -> Generator[Learnt, None, None]:  # fmt: skip
     """What `learnt` makes of each group, in their order, on as many threads as there are cores, one group on each.
 
     A group is the same numbers wherever it is made: each thread has a network of its own, and computes alone.
@@ -160,7 +163,7 @@ def at_once(
     import torch
 
     free: queue.SimpleQueue[Trainer] = queue.SimpleQueue()
-    workers = max(1, min(usable_cores(), len(groups)))
+    workers = max(1, min(usable_cores(), len(groups), _THREADS))
     for number in range(workers):
         free.put(trainer.copy() if number else trainer)
 
@@ -200,9 +203,3 @@ def other_gauge(layout: Layout, factors: Factors, who: int, seed: int) -> list[t
         inverse = torch.from_numpy(right.T / strengths @ left.T)
         found.append(((up.double() @ gauge).float(), (inverse @ down.double()).float()))
     return found
-
-
-def _normal(numbers: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
-    import torch
-
-    return torch.from_numpy(numbers.standard_normal(tuple(shape), "float32"))

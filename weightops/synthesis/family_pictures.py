@@ -31,6 +31,13 @@ _GREEN, _PURPLE = (0.08, 0.34, 0.24), (0.38, 0.10, 0.36)
 _AT_ONCE = 256  # pictures: some hundred KiB each while they are drawn
 
 
+def generator(seed: int, *words: int) -> np.random.Generator:
+    """Numbers that follow from the seed and these words."""
+    import numpy as np
+
+    return np.random.default_rng((seed, *words))
+
+
 def identities(count: int, numbers: np.random.Generator) -> np.ndarray:
     """Numbers of so many creatures, float64 [count, 7], with no more digits than a table of them shows."""
     return numbers.random((count, len(NAMES))).round(6)

@@ -17,7 +17,7 @@ from weightops.diffusion.models import load
 from weightops.diffusion.training_memory import peak
 from weightops.diffusion.training_words import resolution_of
 from weightops.engine.run import ignore
-from weightops.errors import MemoryRefused, OutputError, UsageError
+from weightops.errors import MemoryRefused, OutputError, UsageError, quote
 from weightops.synthesis.conditions import condition_of
 from weightops.synthesis.coordinates import coordinates_of, learn_coefficients
 from weightops.synthesis.fitted import load_fitted
@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 
     Place = str | os.PathLike[str]
 
-# What was best on the toy family of `weightops synth family`; a real base may want others.
-STEPS, LR, L2, BATCH = 40, 0.2, 1e-4, 4
+# What was best on a small family of `weightops synth family`; a real base may want others.
+STEPS, LR, L2, BATCH = 40, 0.2, 1e-3, 4
+MODEL_DTYPES = ("fp32", "bf16")
 _PAIRS = 8  # of a timestep and a noise for each image, to say how well it is learnt
 
 
@@ -108,7 +109,7 @@ def fit_images(
     dialect: str = "kohya",
     rank: int | None = None,
     dtype: str = "fp32",
-    model_dtype: str = "auto",
+    model_dtype: str = "fp32",
     device: str = "auto",
     force: bool = False,
     dry_run: bool = False,
@@ -118,7 +119,7 @@ def fit_images(
 
     images: a folder with one to some twenty images, their captions beside them, or all with the one `prompt`. fitted:
     of `synth fit`, in the geometry of rows. model, vae, like, prediction, device: as `weightops.diffusion.models.load`
-    takes them; model_dtype: of the frozen weights.
+    takes them; model_dtype: of the frozen weights, fp32 or bf16 (fp16 has no room for small gradients).
 
     Coefficients begin at the mean LoRA, or at what ridge regression (else the nearest member) says of a `condition`
     (`embedder`: of an image). Adam makes the diffusers layer's loss less, drawn from (seed, step), in units of each
@@ -131,6 +132,7 @@ def fit_images(
     folder, label = os.fspath(images), os.fspath(fitted)
     target = _target(output, folder, dialect)
     _check_inputs(target, [label, os.fspath(model)])
+    check_dtype(model_dtype)
     size = resolution_of(resolution)
     _check_memory(label)
     found = with_own_space(load_fitted(fitted), space)
@@ -225,6 +227,13 @@ class _Out:
 
 
 # ------------------------------------------------------------------------------------------------ before the work
+
+
+def check_dtype(dtype: str) -> None:
+    """Of a model through which something is learnt, and nothing scales the loss. Raises UsageError."""
+    if dtype not in MODEL_DTYPES:
+        what = f"found {quote(dtype)}, expected {' or '.join(MODEL_DTYPES)}"
+        raise UsageError("--model-dtype", what, "small gradients are zero in fp16" if dtype == "fp16" else None)
 
 
 def _name(folder: str) -> str:

@@ -91,7 +91,7 @@ def fit_vae(
     dropout: float = 0.3,
     components: int | None = None,
     steps: int | None = None,
-    lr: float = 1e-3,
+    lr: float | None = None,
     batch: int = 64,
     weight_decay: float = 0.01,
     held_out: float = 0.2,
@@ -108,8 +108,9 @@ def fit_vae(
     The components are those of the space's pca.safetensors where that is of the same LoRAs, the same split, and has
     enough of them; else they are made here. components: how many the VAE sees (None: all that are there, or twice the
     latents). layers: linear or mlp, of the width `hidden`; beta, dropout: see `vae`. steps (None: 800, or thirty times
-    each member if that is more), lr, batch, weight_decay: of the descent. Interrupted, the same call goes on, to the
-    same bytes. Started by torchrun, processes share each step. Raises WeightopsError.
+    each member if that is more), lr (None: 0.01 of a linear one, 0.001 of an MLP), batch, weight_decay: of the descent.
+    Interrupted, the same call goes on, to the same bytes. Started by torchrun, processes share each step. Raises
+    WeightopsError.
     """
     began = time.perf_counter()
     need("synth fit", "torch", extra="synthesis")

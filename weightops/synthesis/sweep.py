@@ -64,7 +64,8 @@ class Sweep:
 
     def shared(self, tensor: Tensor) -> Tensor:
         """The first process's tensor: no two machines compute eigenvectors to the same bit."""
-        return self.processes.sum(tensor if self.processes.is_main else tensor.new_zeros(tensor.shape))
+        # What travels is memory: a tensor that lies by columns here and by rows there would arrive as its transpose.
+        return self.processes.sum(tensor.contiguous() if self.processes.is_main else tensor.new_zeros(tensor.shape))
 
 
 def share(members: Sequence[int], processes: Processes) -> tuple[int, list[int]]:

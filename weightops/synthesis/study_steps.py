@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from weightops.diffusion.study_steps import facts, findings_shown
@@ -72,7 +73,7 @@ def _evaluated(verb: Verb, job: Job) -> Made:
 # What a report's document says of time, place and files is not for a page, which is the same for the same study.
 _NOT_SHOWN = (
     "command", "version", "inputs", "output", "bytes_written", "seconds", "peak_memory_bytes", "warnings", "dry_run",
-    "device", "space", "left_out", "files", "processes", "memory_bytes", "resumed_at", "taken_up", "loss_by_step",
+    "device", "space", "fitted", "left_out", "files", "processes", "memory_bytes", "resumed_at", "taken_up",
 )  # fmt: skip
 
 
@@ -86,6 +87,8 @@ def _told(report: Any) -> list[tuple[str, str]]:
             if not all(isinstance(part, (str, int, float)) for part in value) or len(value) > 12:
                 continue
             value = ", ".join(map(_plain, value))
+        if isinstance(value, str) and PurePath(value).is_absolute():
+            continue
         found.append((name.replace("_", " "), _plain(value)))
     return found
 

@@ -420,6 +420,7 @@ def test_names_that_stand_for_several_are_refused(tmp_path: Path) -> None:
         ({"others": "drop"}, "--others: found 'drop', expected refuse, skip, pad"),
         ({"form": "mean"}, "--form: found 'mean', expected aligned, svd, raw"),
         ({"dtype": "int8"}, "--dtype: found 'int8', expected fp32, fp16, bf16"),
+        ({"architecture": "sd16"}, "--architecture: unknown architecture 'sd16' | did you mean 'sd15'?"),
         ({"images": "x"}, "--images: is one half: --images DIR and --embedder FILE go together"),
         ({"images": "x", "conditions": "y"}, "--images: and --conditions both say what each LoRA is of"),
     ],
@@ -427,6 +428,15 @@ def test_names_that_stand_for_several_are_refused(tmp_path: Path) -> None:
 def test_unknown_words_are_refused(tmp_path: Path, words: dict[str, Any], said: str) -> None:
     (tmp_path / "loras").mkdir()
     assert said in refused(UsageError, tmp_path / "loras", output=tmp_path / "space", **words)
+
+
+def test_an_architecture_that_the_loras_are_not_of_is_refused(tmp_path: Path) -> None:
+    layout = layout_of(2)
+    write_family(tmp_path / "loras", layout, family_of(layout, 2))
+    collect(tmp_path / "loras", output=tmp_path / "space", architecture="sd15")
+    for place in ("other", "space"):
+        said = refused(UsageError, tmp_path / "loras", output=tmp_path / place, architecture="sdxl")
+        assert said.startswith("--architecture: found 'sdxl', but names and shapes of these LoRAs are those of sd15")
 
 
 def test_an_empty_folder_holds_no_loras(tmp_path: Path) -> None:
@@ -449,6 +459,9 @@ def test_what_is_no_space_is_refused(tmp_path: Path) -> None:
         open_space(tmp_path / "nothing")
     with pytest.raises(UsageError, match="is no space of LoRAs"):
         open_space(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is a file, expected the folder of a space"):
+        open_space(tmp_path / "file")
 
 
 @pytest.mark.parametrize(

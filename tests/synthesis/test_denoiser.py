@@ -112,7 +112,7 @@ def conditional(conditioning: str, prediction: str = "x0") -> Denoiser:
 def _conditional(conditioning: str, prediction: str) -> Denoiser:
     latents, conditions = told()
     return made_denoiser(
-        latents[:200], conditions[:200], conditioning=conditioning, prediction=prediction, width=32, steps=500, rank=2
+        latents[:200], conditions[:200], conditioning=conditioning, prediction=prediction, width=32, steps=400, rank=2, batch=64
     )[0]
 
 

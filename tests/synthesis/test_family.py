@@ -24,6 +24,7 @@ from weightops.synthesis.conditions import read_conditions
 from weightops.synthesis.embedders import embedder_of
 from weightops.synthesis.family import FamilyReport, family
 from weightops.synthesis.family_base import encoded
+from weightops.synthesis.family_embedder import make_embedder
 from weightops.synthesis.family_loras import at_once
 from weightops.synthesis.family_pictures import NAMES, SIDE, draw, generator, identities
 from weightops.synthesis.gauge import delta_gram
@@ -188,6 +189,12 @@ def test_the_embedder_reads_the_numbers_off_pictures_that_it_has_not_seen(made: 
     assert found == pytest.approx([report.embedder[name] for name in NAMES], abs=0.12)
     assert found.min() > 0.3
     assert found.mean() > 0.65
+
+
+def test_the_embedder_is_the_same_bytes_each_time(made: tuple[Path, FamilyReport], tmp_path: Path) -> None:
+    folder, report = made
+    assert make_embedder(tmp_path / "again.safetensors", seed=WORDS["seed"]) == report.embedder
+    assert (tmp_path / "again.safetensors").read_bytes() == (folder / "embedder.safetensors").read_bytes()
 
 
 def test_another_gauge_is_other_factors_of_the_same_changes(made: tuple[Path, FamilyReport]) -> None:

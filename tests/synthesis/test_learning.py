@@ -87,7 +87,7 @@ def test_a_vae_is_told_beside_pca(tmp_path: Path) -> None:
 
 def test_diffusion_is_told_beside_the_baselines(tmp_path: Path) -> None:
     space = spaced(tmp_path, 120)
-    report = fit_diffusion(space.folder, **{**DIFFUSION, "width": 32, "steps": 500})
+    report = fit_diffusion(space.folder, **{**DIFFUSION, "width": 32, "steps": 350})
     assert (report.kind, report.components, report.latents) == ("diffusion", 4, 4)
     fitted = load_fitted(report.output, space)
     assert fitted.denoiser is not None

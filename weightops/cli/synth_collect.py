@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 @click.option("--images", metavar="DIR", help="An image, or a folder of images, for each LoRA, by its name.")
 @click.option("--embedder", metavar="FILE", help="Turns the images into numbers: ONNX, a CLIP folder, a linear map.")
 @click.option("--others", type=click.Choice(OTHERS), default="refuse", show_default=True,
-              help="LoRAs of other modules or ranks: refuse all, skip them, or pad what they lack.")  # fmt: skip
+              help="Of other modules or ranks: refuse all, skip these (and NaN), or pad what they lack.")  # fmt: skip
 @click.option("--form", type=click.Choice(FORMS),
-              help="Balanced and turned to a reference, balanced alone, or as files have it.  [default: aligned]")  # fmt: skip
+              help="Balanced and turned to a reference, balanced alone, or as it is.  [default: aligned]")  # fmt: skip
 @click.option("--dtype", type=click.Choice(list(WIDTHS)), help="Of the rows.  [default: fp32]")
 @click.option("--architecture", metavar="NAME", help="Of the LoRAs, where names and shapes fit several.")
 @options.force

@@ -15,11 +15,12 @@ from weightops.diffusion.study_page import page_of
 from weightops.diffusion.study_parts import Reference, Step, Study
 from weightops.diffusion.study_state import Record, State
 from weightops.diffusion.study_verbs import Job, Made, Progress
+from weightops.diffusion.threads import one_thread
 from weightops.errors import Interrupted, WeightopsError, listing, quote
 from weightops.ops.yaml_lines import refused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 RUN, STANDS, WOULD_RUN = "run", "unchanged", "would run"
 
@@ -154,7 +155,7 @@ class Runner:
         work, again = self.state.begin(step.name, made_of, resumes=step.verb.resumes)
         job = Job(step.name, words, work, again, self.state.own / "cache", self.on_progress)
         try:
-            with _one_thread() if self.study.tiny and step.verb.loads else contextlib.nullcontext():
+            with one_thread() if self.study.tiny and step.verb.loads else contextlib.nullcontext():
                 made = self._page(step, work) if step.verb.name == "page" else step.verb.run(step.verb, job)
         except BaseException as e:
             stopped = isinstance(e, (Interrupted, KeyboardInterrupt))
@@ -261,19 +262,6 @@ class Runner:
             size = _nbytes(Path(path))
             found.append({"name": name, "path": path, "hash": f"xxh3_128:{hashed}", "bytes": size})
         return found
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Tiny matrices are not worth a second one: where cores are shared, threads wait for each other without end."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _shown(words: Mapping[str, Any]) -> dict[str, Any]:

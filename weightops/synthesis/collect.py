@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
 from weightops.diffusion.extras import need
-from weightops.diffusion.written import threads_kept
+from weightops.diffusion.threads import one_thread
 from weightops.engine.run import Progress, ignore
-from weightops.errors import Interrupted, MismatchError, UsageError, WeightopsError, listing, quote
+from weightops.errors import Interrupted, MismatchError, UsageError, ValueRefused, WeightopsError, listing, quote
 from weightops.lora.settings import FILE
+from weightops.naming.keymap import ARCHITECTURES
 from weightops.ops.report import peak_memory_bytes
 from weightops.synthesis.collection import Collection, check_replaceable
 from weightops.synthesis.gauge import aligned, balanced, delta_norms
@@ -104,7 +106,8 @@ def collect(
 
     loras: files, PEFT folders, or folders of LoRAs. conditions: a CSV or NPZ file with numbers for each; or images:
     a folder with an image or a folder of images for each, which `embedder` turns into numbers. others: what becomes
-    of a LoRA that has other modules or ranks: refuse the collection, skip it, or pad what it lacks with zeros. form:
+    of a LoRA that has other modules or ranks: refuse the collection, skip it (one that holds NaN, too), or pad what it
+    lacks with zeros. form:
     aligned (balanced by singular values, and turned to a reference that is kept), svd (balanced alone), raw (factors
     as they are); None: that of the space, aligned for a new one. dtype of the rows: fp32, fp16, bf16; likewise fp32.
     architecture: the LoRAs', where names and shapes fit several. force: begin anew in place of a space.
@@ -113,10 +116,7 @@ def collect(
     """
     started = time.perf_counter()
     need("synth collect", "torch", extra="synthesis")
-    from weightops.engine.tensors import set_cpu_threads
-
-    with threads_kept():
-        set_cpu_threads()  # matrices as small as these are not worth a second one
+    with one_thread():
         report = _collected(
             loras, Path(output), conditions, images, embedder, others, form, dtype, architecture, on_progress,
             force=force, dry_run=dry_run,
@@ -131,25 +131,36 @@ def _collected(
     form: str | None, dtype: str | None, architecture: str | None, on_progress: Progress, *, force: bool, dry_run: bool,
 ) -> CollectReport:  # fmt: skip
     _check_words(others, form, dtype, images, embedder, conditions)
+    _check_architecture(architecture)
     files = _files(loras)
     before = None if force or not (target / INDEX).exists() else open_space(target)
     if before is None:
+        if not target.name or target.name == "..":
+            hint = "-o DIR names a folder that is new, empty, or a space"
+            raise UsageError(str(target), "is no name that a new folder could have", hint)
         check_replaceable(target, replace=force)
     report = CollectReport(str(target), [label for _, label in files], dry_run=dry_run)
     progress = _Progress(on_progress, len(files))
     kept, layout = _look(files, before, report, others, architecture, progress)
+    if architecture not in (None, layout.architecture):
+        what = f"found {quote(architecture)}, but names and shapes of these LoRAs are those of {layout.architecture}"
+        raise UsageError("--architecture", what, "leave it out")
     form, dtype = _like_before(before, form, dtype)
-    made = _Made(target, layout, form, dtype, others == "pad", before, report, progress)
+    made = _Made(target, layout, form, dtype, others, before, report, progress, force)
     told = _conditions(before, kept, conditions, images, embedder, report)
     report.architecture, report.modules, report.features = layout.architecture, len(layout.modules), layout.width
     report.ranks, report.form, report.dtype = tuple(sorted({m.rank for m in layout.modules})), form, dtype
     if dry_run:
-        report.members, report.added = len(kept) + (len(before) if before else 0), len(kept)
+        there = set(before.names) if before is not None else set()
+        report.there = sum(name in there for name, _ in kept)
+        report.added = len(kept) - report.there
+        report.members = report.added + len(there)
         report.nbytes = report.members * layout.width * WIDTHS[dtype]
     else:
         made.write(kept, told)
     if report.unsettled:
-        report.warnings.append(f"{report.unsettled:,} modules have not settled after {_ROUNDS} rounds of alignment")
+        some = "a module has" if report.unsettled == 1 else f"{report.unsettled:,} modules have"
+        report.warnings.append(f"{some} not settled after {_ROUNDS} rounds of alignment")
     return report
 
 
@@ -167,6 +178,15 @@ def _check_words(
     if (images is None) != (embedder is None):
         where = "--embedder" if images is None else "--images"
         raise UsageError(where, "is one half: --images DIR and --embedder FILE go together")
+
+
+def _check_architecture(architecture: str | None) -> None:
+    if architecture is None:
+        return
+    try:
+        ARCHITECTURES.get(architecture)
+    except UsageError as e:
+        raise UsageError("--architecture", e.what, e.hint) from None
 
 
 def _files(loras: Sequence[str | os.PathLike[str]]) -> list[tuple[str, str]]:
@@ -244,14 +264,19 @@ def _look(
         more = f" (and {len(wrong) - 1:,} more do not fit)" if len(wrong) > 1 else ""
         hint = f"{wrong[0].hint}; --others skip leaves out what does not fit"
         raise type(wrong[0])(wrong[0].where, f"{wrong[0].what}{more}", hint)
-    if before is None and len(kept) < 2:
-        what = f"found {len(kept)} LoRA{'' if len(kept) == 1 else 's'} to collect, expected at least 2"
-        raise UsageError("synth collect", what, "a space is what several LoRAs of one base have in common")
+    if before is None:
+        _check_several(len(kept))
     whole = {(m.component, m.name): m.rank for m in layout.modules}
     report.padded = sum({p: m.rank for p, m in members[name].modules.items()} != whole for name, _ in kept)
     for path, reason in report.left_out:
         report.warnings.append(f"{path}: left out: {reason}")
     return kept, layout
+
+
+def _check_several(count: int) -> None:
+    if count < 2:
+        what = f"found {count} LoRA{'' if count == 1 else 's'} to collect, expected at least 2"
+        raise UsageError("synth collect", what, "a space is what several LoRAs of one base have in common")
 
 
 def _headers(
@@ -289,7 +314,11 @@ def _common_layout(members: Mapping[str, Member], others: str) -> Layout:
     same = [m for m in members.values() if m.architecture == kinds.most_common(1)[0][0]]
     if others == "pad":
         return layout_of(same)
-    layouts = Counter(layout_of([m]) for m in same)
+    # Those that change the same share one mapping, of which there are few.
+    kinds_of = {id(m.modules): m for m in same}
+    layouts: Counter[Layout] = Counter()
+    for held, count in Counter(id(m.modules) for m in same).items():
+        layouts[layout_of([kinds_of[held]])] += count
     return layouts.most_common(1)[0][0]
 
 
@@ -342,14 +371,18 @@ class _Made:
     layout: Layout
     form: str
     dtype: str
-    pad: bool
+    others: str
     before: Space | None
     report: CollectReport
     progress: _Progress
+    replace: bool
     reader: Reader = field(init=False)
+    pad: bool = field(init=False)
+    skip: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.layout.architecture)
+        self.pad, self.skip = self.others == "pad", self.others == "skip"
 
     def write(self, kept: Sequence[tuple[str, str]], told: Any) -> None:
         """Read, bring into the form, and write, some LoRAs at a time."""
@@ -364,7 +397,7 @@ class _Made:
                 self.report.taken_up = len(collection.lines) - count
                 self._fill(collection, kept)
                 conditions, said = self._together(collection, kept, told)
-                nbytes = collection.finish(conditions, said, replace=True)
+                nbytes = collection.finish(conditions, said, replace=self.replace)
         except (Interrupted, KeyboardInterrupt):
             done = len(collection.lines) - count
             what = f"interrupted: {done:,} of {len(kept):,} LoRAs are in, and no input was changed"
@@ -372,46 +405,64 @@ class _Made:
         self.report.members, self.report.nbytes = len(collection.lines), nbytes
 
     def _fill(self, collection: Collection, kept: Sequence[tuple[str, str]]) -> None:
-        known = {line["name"]: line for line in collection.lines}
+        known = {line["name"]: (place, line) for place, line in enumerate(collection.lines)}
         new = [(name, path) for name, path in kept if name not in known]
         for name, path in kept:
-            if name in known and collection.lines.index(known[name]) < collection.before:
-                self._check_same(path, known[name])
+            if name not in known:
+                continue
+            place, line = known[name]
+            if place < collection.before:
+                self._check_same(path, line)
                 self.report.there += 1
-                self.progress.step("values")
-        reference = self._reference(collection, [path for _, path in kept]) if self.form == "aligned" else None
+            self.progress.step("values")
+        reference = self._reference(collection, kept) if self.form == "aligned" else None
         height = max(1, _BATCH_NBYTES // (8 * self.layout.width))
         for start in range(0, len(new), height):
             part = new[start : start + height]
-            factors, hashes = self._read([path for _, path in part])
-            self._add(collection, [name for name, _ in part], factors, hashes, reference)
-        self.report.added = len(kept) - self.report.there
+            factors, taken = self._read(part)
+            if taken:
+                self._add(collection, taken, factors, reference)
+            for _ in part:
+                self.progress.step("values")
+        _check_several(len(collection.lines))
+        self.report.added = len(collection.lines) - collection.before
 
     def _check_same(self, path: str, line: Mapping[str, Any]) -> None:
-        _, hashed = self.reader.factors(path, self.layout, pad=self.pad)
-        if hashed != line["hash"]:
+        factors, hashed = self.reader.factors(path, self.layout, pad=self.pad)
+        norm = float(delta_norms(factors))  # an alpha is in no hash
+        if hashed != line["hash"] or not math.isclose(norm, line["norm"], rel_tol=1e-6, abs_tol=1e-300):
             what = f"is not the LoRA that the space has under the name {quote(line['name'])}"
             raise MismatchError(path, what, "rename it, or begin anew with --force")
 
-    def _read(self, paths: Sequence[str]) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
-        """The factors of these LoRAs, stacked: up [n, out, r], down [n, r, in]."""
+    def _read(self, files: Sequence[tuple[str, str]]) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[str, str]]]:
+        """The factors of these LoRAs, stacked: up [n, out, r], down [n, r, in], and the name and hash of each.
+
+        Those whose values cannot be taken are left out where that is asked.
+        """
         import torch
 
-        found, hashes = [], []
-        for path in paths:
-            factors, hashed = self.reader.factors(path, self.layout, pad=self.pad)
+        found, kept = [], []
+        for name, path in files:
+            try:
+                factors, hashed = self.reader.factors(path, self.layout, pad=self.pad)
+            except ValueRefused as e:
+                if not self.skip:
+                    raise
+                if (path, e.what) not in self.report.left_out:
+                    self.report.left_out.append((path, e.what))
+                    self.report.warnings.append(f"{path}: left out: {e.what}")
+                continue
             found.append(factors)
-            hashes.append(hashed)
+            kept.append((name, hashed))
         stacked = [
             (torch.stack([f[number][0] for f in found]), torch.stack([f[number][1] for f in found]))
-            for number in range(len(self.layout.modules))
+            for number in range(len(self.layout.modules) if found else 0)
         ]
-        return stacked, hashes
+        return stacked, kept
 
     def _add(
-        self, collection: Collection, names: Sequence[str], factors: Factors, hashes: Sequence[str],
-        reference: Tensor | None,
-    ) -> None:  # fmt: skip
+        self, collection: Collection, taken: Sequence[tuple[str, str]], factors: Factors, reference: Tensor | None
+    ) -> None:
         norms = delta_norms(factors)
         made = list(factors)
         if self.form != "raw":
@@ -421,15 +472,13 @@ class _Made:
         rows = self.layout.flatten(made)
         lines = [
             {"name": name, "hash": hashed, "norm": float(norm)}
-            for name, hashed, norm in zip(names, hashes, norms, strict=True)
+            for (name, hashed), norm in zip(taken, norms, strict=True)
         ]
         stored = collection.add(rows, lines)
         error = _difference(made, self.layout.unflatten(stored)) / norms.clamp_min(1e-300)
         self.report.error = max(self.report.error or 0.0, float(error.max()))
-        for _ in names:
-            self.progress.step("values")
 
-    def _reference(self, collection: Collection, paths: Sequence[str]) -> Tensor:
+    def _reference(self, collection: Collection, files: Sequence[tuple[str, str]]) -> Tensor:
         """The row that all are aligned to: the space's own, or the mean of aligned members, found by turns.
 
         Of as many members, evenly spread, as fit the memory that is meant for it.
@@ -444,13 +493,16 @@ class _Made:
         import torch
 
         most = max(2, _REFERENCE_NBYTES // (4 * self.layout.width))
-        step = max(1, -(-len(paths) // most))
-        chosen = paths[::step]
-        rows = torch.empty(len(chosen), self.layout.width)
-        for number, path in enumerate(chosen):
-            factors, _ = self._read([path])
-            rows[number] = self.layout.flatten(balanced(factors))[0].float()
-        parts = [self._settled(up, down) for up, down in self.layout.unflatten(rows)]
+        step = max(1, -(-len(files) // most))
+        chosen = files[::step]
+        rows, count = torch.empty(len(chosen), self.layout.width), 0
+        for file in chosen:
+            factors, taken = self._read([file])
+            if taken:
+                rows[count] = self.layout.flatten(balanced(factors))[0].float()
+                count += 1
+        _check_several(count)
+        parts = [self._settled(up, down) for up, down in self.layout.unflatten(rows[:count])]
         found = self.layout.flatten(parts)
         collection.keep_reference(found)
         return found
@@ -459,7 +511,7 @@ class _Made:
         """The mean of a module's factors [n, …], all turned towards it, in float64."""
 
         up, down = up.double(), down.double()
-        mean = _signed(up[0], down[0])
+        mean = _begun(up, down)
         for number in range(1, _ROUNDS + 1):
             ((ups, downs),) = aligned([(up, down)], [mean])
             before, mean = mean, (ups.mean(0), downs.mean(0))
@@ -484,16 +536,28 @@ class _Made:
         before = self.before
         if before is not None:
             assert before.conditions is not None
-            rows |= dict(zip(before.names, before.conditions, strict=True))
+            held = dict(zip(before.names, before.conditions, strict=True))
+            other = [name for name, row in rows.items() if name in held and not np.allclose(row, held[name])]
+            if other:
+                what = f"{len(other):,} have other conditions there already, which stay: {listing(other)}"
+                self.report.warnings.append(f"{before.label}: {what}")
+            rows |= held
             source = before.condition_source or source
         found = np.stack([rows[line["name"]] for line in collection.lines])
         return found, {"names": list(names), "source": source}
 
 
-def _signed(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors whose largest entry in each row of down is positive: where the mean begins does not hang on a gauge."""
+def _begun(ups: Tensor, downs: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the mean of balanced factors [n, …] begins: at the first LoRA that has the most ranks.
+
+    One that has fewer would leave the others' turns free, and the mean to their gauges. The largest entry in each row
+    of down is positive, so that the start does not hang on a gauge either.
+    """
     import torch
 
+    ranks = downs.abs().amax(-1).gt(0).sum(-1).tolist()
+    first = ranks.index(max(ranks))
+    up, down = ups[first], downs[first]
     largest = down.gather(1, down.abs().argmax(1, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0).to(down.dtype)
     return up * sign.mT, down * sign

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from weightops.diffusion.tables import write_whole
-from weightops.errors import OutputError, ValueRefused, listing, quote
+from weightops.errors import OutputError, ValueRefused, WeightopsError, listing, quote
+from weightops.files.checkpoint import open_checkpoint
 from weightops.files.tensor import TensorSpec
 from weightops.files.writer import lock, sync_folder, uninterrupted
 from weightops.synthesis.space import (
@@ -29,6 +30,7 @@ from weightops.synthesis.space import (
     torch_dtype,
     unfinished,
 )  # fmt: skip
+from weightops.synthesis.tensor_file import KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
 
     from weightops.synthesis.layout import Layout
 
-# What may lie in a space's folder beside its own files: models that were fitted to it.
-_FITTED = ".safetensors"
 _OWN = (INDEX, MEMBERS, REFERENCE, CONDITIONS, UNFINISHED)
 
 
@@ -79,11 +79,20 @@ class Collection:
         try:
             if handle >= 0 and not lock(handle, wait=False):
                 raise OutputError(str(self.target), "another run is at work in it", "wait for its end")
+            if self.before and self._counted() != self.before:
+                # Rows of the other run stand behind those that were counted, and would be cut off.
+                raise OutputError(str(self.target), "another run has added to it meanwhile", "the same call goes on")
             self._take_up()
             yield
         finally:
             if handle >= 0:
                 os.close(handle)
+
+    def _counted(self) -> Any:
+        """The members that the space counts now."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return json.loads((self.target / INDEX).read_bytes()).get("members")
+        return None
 
     def _take_up(self) -> None:
         said = json.loads(json.dumps(self.made_of))
@@ -131,7 +140,6 @@ class Collection:
         import torch
 
         from weightops.engine.tensors import as_tensor
-        from weightops.files.checkpoint import open_checkpoint
 
         path = self.work / REFERENCE
         if not path.exists():
@@ -187,16 +195,20 @@ class Collection:
             "rows": rows_path(self.work, self.dtype).name, "width": self.layout.width, "conditions": said,
             "layout": self.layout.to_json(),
         }  # fmt: skip
+        if not self.before:
+            check_replaceable(self.target, replace=replace)  # it may have come meanwhile
         if conditions is not None:
             made = io.BytesIO()
             np.save(made, conditions.astype(np.float64), allow_pickle=False)
             write_whole(self.work / CONDITIONS, made.getvalue())
         with uninterrupted(), _told(self.target):
             write_whole(self.work / INDEX, (json.dumps(index, indent=1) + "\n").encode())
-            (self.work / UNFINISHED).unlink()
             if not self.before:
                 self._take_name(replace=replace)
-        return sum(path.stat().st_size for path in self.target.iterdir())
+            # Last: should the name not be had, the same call goes on from here.
+            (self.target / UNFINISHED).unlink()
+        own = (*_OWN, rows_path(self.target, self.dtype).name)
+        return sum(path.stat().st_size for path in self.target.iterdir() if path.name in own)
 
     def _take_name(self, *, replace: bool) -> None:
         old = self.target.with_name(f".{self.target.name}.weightops-old")
@@ -218,12 +230,25 @@ def check_replaceable(target: Path, *, replace: bool) -> None:
     names = sorted(path.name for path in target.iterdir())
     if not names:
         return
-    strange = [n for n in names if n not in _OWN and not n.startswith("rows.") and not n.endswith(_FITTED)]
+    strange = [n for n in names if n not in _OWN and not n.startswith("rows.") and not _is_fitted(target / n)]
     if INDEX not in names or strange:
         what = f"is no space of LoRAs: it holds {listing(strange or names)}"
+        if INDEX in names:
+            what = f"holds what is not the space's, and would be lost: {listing(strange)}"
         raise OutputError(str(target), what, "-o DIR names a folder that is new, empty, or a space")
     if not replace:
         raise OutputError(str(target), "exists", "use --force to replace it")
+
+
+def _is_fitted(path: Path) -> bool:
+    """Is it a model that was fitted to a space, which may lie beside the space's own files and goes with it?"""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with open_checkpoint(path) as opened:
+            return KEY in opened.metadata
+    except WeightopsError:
+        return False
 
 
 def _line(entry: Mapping[str, Any]) -> str:

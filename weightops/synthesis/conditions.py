@@ -245,7 +245,8 @@ def condition_of(
     path = Path(words)
     if path.suffix.lower() in TABLES:
         return _asked_in_table(read_conditions(words), of)
-    if words.strip() and (path.is_dir() or path.suffix.lower() in SUFFIXES):
+    # pathlib's own raises for numbers that are too many for a name.
+    if words.strip() and (os.path.isdir(words) or path.suffix.lower() in SUFFIXES):  # noqa: PTH112
         if not path.exists():
             raise UsageError(words, "no such file")
         made = embedder_of(os.fspath(embedder)) if embedder is not None else _own_embedder(of)
@@ -290,9 +291,12 @@ def _own_embedder(of: Conditioned) -> Embedder:
     need("--condition", "PIL", extra="synthesis")
     source = of.condition_source or {}
     path = source.get("embedder")
-    if source.get("kind") != "images" or not isinstance(path, str):
+    if source.get("kind") != "images":
         what = f"the conditions of {of.label} are from {quote(source.get('name', 'a table'))}, and not made of images"
         raise UsageError("--condition", what, "--embedder FILE names what makes these numbers of an image")
+    if not isinstance(path, str):
+        what = f"{of.label} says that the embedder {quote(source.get('name'))} made its conditions, and not where it is"
+        raise UsageError("--condition", what, "--embedder FILE says where it is, or --space DIR, whose space knows it")
     if not path.startswith("hf://") and not Path(path).exists():
         what = f"the embedder {quote(source.get('name'))} is no longer where it was"
         raise UsageError("--condition", what, "--embedder FILE says where it is")

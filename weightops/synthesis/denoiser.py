@@ -169,7 +169,7 @@ def made_denoiser(
     width: int = 128,
     rank: int = 4,
     drop: float = 0.1,
-    dropout: float = 0.1,
+    dropout: float = 0.3,
     steps: int | None = None,
     lr: float = 2e-3,
     batch: int = 128,

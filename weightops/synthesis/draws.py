@@ -94,6 +94,8 @@ def asked_of(
         raise UsageError("--count", f"found {count:,}, but {what}", "--at 0.25,0.5,0.75" if between else None)
     if not 0 <= seed < 2**63:
         raise UsageError("--seed", f"found {seed}, expected 0 to {2**63 - 1:,}")
+    if steps is not None and steps < 1:
+        raise UsageError("--steps", f"found {steps}, expected 1 or more")
     numbers = [at] if isinstance(at, (int, float)) else list(at or [])
     for option, values in (("--at", numbers), ("--spread", [spread]), ("--guidance", [guidance])):
         for value in values:

@@ -14,6 +14,7 @@ from weightops.diffusion.axes import stem_of
 from weightops.diffusion.extras import need
 from weightops.diffusion.image_folder import slug
 from weightops.diffusion.image_records import digest_of, inputs_of
+from weightops.diffusion.threads import one_thread
 from weightops.errors import UsageError, quote
 from weightops.lora.dialects import DIALECTS
 from weightops.lora.lowrank import LowRank, add, truncate
@@ -92,6 +93,19 @@ def edit(
     started = time.perf_counter()
     need("synth edit", "torch", extra="synthesis")
     found = with_own_space(load_fitted(fitted), space)
+    with one_thread(found.numbers):
+        report = _edited(
+            lora, fitted, found, label, strength, output, labels, rank, dialect, dtype, force=force, dry_run=dry_run
+        )
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _edited(
+    lora: Place | None, fitted: Place, found: Fitted, label: str | None, strength: float | None,
+    output: Place | None, labels: Place | None, rank: int | None, dialect: str, dtype: str, *, force: bool,
+    dry_run: bool,
+) -> EditReport:  # fmt: skip
     kept, numbers, names, warnings = _labels(found, labels)
     where = "--label" if labels is None else os.fspath(labels)
     directions = directions_of(found.latents[kept], numbers, names, where=where)
@@ -100,7 +114,6 @@ def edit(
     if label is None:
         if strength is not None or lora is not None:
             raise UsageError("--label", "is lacking: along what?", f"there are {', '.join(names[:12])}")
-        report.seconds = time.perf_counter() - started
         return report
     if lora is None:
         raise UsageError("synth edit", "found no LoRA to move", "weightops synth edit LORA FITTED --label NAME …")
@@ -116,7 +129,7 @@ def edit(
     before = [(up[None], down[None]) for up, down in found.layout.unflatten(placed.row)]
     factors = _moved(found, placed, direction, strength)
     target = _target(output, placed, direction, strength, dialect)
-    keep_inputs(target, fitted, lora)
+    keep_inputs(target, fitted, lora, labels)
     written = write_lora(
         target, found.layout, factors, dialect=dialect, rank=rank, dtype=dtype,
         recipe=_recipe(fitted, placed, direction, strength, rank, dialect, dtype), force=force, dry_run=dry_run,
@@ -128,7 +141,6 @@ def edit(
     if direction.is_chance:
         what = f"explains {direction.share:.2%} of how the LoRAs differ, and shuffled it would explain up to"
         report.warnings.append(f"{quote(label)} {what} {direction.null:.2%}: no more than chance")
-    report.seconds = time.perf_counter() - started
     return report
 
 

@@ -21,7 +21,8 @@ from weightops.synthesis.fitted import GEOMETRIES, Fitted
 from weightops.synthesis.gauge import delta_norms
 from weightops.synthesis.gram import Tiles, delta_pca, inner_products, products_with
 from weightops.synthesis.pca import DEFAULT_MEMORY, PASSES, TOLERANCE, as_pca, principal
-from weightops.synthesis.space import open_space
+from weightops.synthesis.places import keep_inputs
+from weightops.synthesis.space import REFERENCE, open_space
 from weightops.synthesis.split import split
 from weightops.synthesis.sweep import Sweep, share, unseen
 from weightops.synthesis.unfinished_fit import KeptIteration, digest_of
@@ -220,6 +221,8 @@ def target_of(space: Space, output: str | os.PathLike[str] | None, kind: str, *,
     if target.suffix != ".safetensors":
         raise UsageError(str(target), "the output's name must end in .safetensors")
     check_target(target, 0, force=force, inputs=())
+    # Without it none of the rows could be read again.
+    keep_inputs(target, space.folder / REFERENCE)
     return target
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
+from weightops.diffusion.axes import stem_of
 from weightops.diffusion.dataset import read_examples
 from weightops.diffusion.extras import need
 from weightops.diffusion.image_records import digest_of, inputs_of
 from weightops.diffusion.models import load
+from weightops.diffusion.threads import one_thread, weights_of
 from weightops.diffusion.training_memory import peak
 from weightops.diffusion.training_words import resolution_of
 from weightops.engine.run import ignore
@@ -137,9 +139,10 @@ def fit_images(
     _check_memory(label)
     found = with_own_space(load_fitted(fitted), space)
     examples = read_examples(folder, where=folder, prompt=prompt)
-    course = Course(steps, lr, batch or min(BATCH, len(examples.examples)), seed, l2).check()
+    together = min(BATCH, len(examples.examples)) if batch is None else batch
+    course = Course(steps, lr, together, seed, l2).check()
     out = _Out(target, found.layout, {"dialect": dialect, "rank": rank, "dtype": dtype, "force": force})
-    settings = {
+    settings: dict[str, Any] = {
         "prompt": prompt, "condition": condition, "components": components, "steps": steps, "lr": lr, "l2": l2,
         "batch": course.batch, "seed": seed, "rank": rank, "dialect": dialect, "dtype": dtype,
     }  # fmt: skip
@@ -151,13 +154,14 @@ def fit_images(
             prediction=prediction if prediction in ("epsilon", "v_prediction") else None,
         )  # fmt: skip
         check_base(label, found.layout, loaded)
-        own = OwnImages(
-            loaded, Listed({_name(folder): examples.examples}), resolution=size, prediction=prediction,
-            keep_texts=not changes_texts(found.layout),
-        )  # fmt: skip
-        if gradient_checkpointing:
-            getattr(loaded.pipe, own.encoding.denoiser).enable_gradient_checkpointing()
-        work.learn(own, on_progress)
+        with one_thread(weights_of(loaded.pipe)):
+            own = OwnImages(
+                loaded, Listed({_name(folder): examples.examples}), resolution=size, prediction=prediction,
+                keep_texts=not changes_texts(found.layout),
+            )  # fmt: skip
+            if gradient_checkpointing:
+                getattr(loaded.pipe, own.encoding.denoiser).enable_gradient_checkpointing()
+            work.learn(own, on_progress)
     work.report.seconds = time.perf_counter() - started
     return work.report
 
@@ -199,7 +203,8 @@ def _planned(
     space = coordinates_of(fitted, components=settings["components"])
     start, said = _start(fitted, space, settings["condition"], embedder)
     recipe = {
-        "command": "synth fit-images", "version": __version__, "settings": dict(settings), "data": examples.data_hash
+        "command": "synth fit-images", "version": __version__, "data": examples.data_hash,
+        "settings": {**settings, "condition": _named(settings["condition"])},
     }  # fmt: skip
     # Whether the dialect can hold it, and the place, is better found out now than after the last step.
     planned = out.write(space.factors(start), recipe, dry_run=True)
@@ -234,6 +239,13 @@ def check_dtype(dtype: str) -> None:
     if dtype not in MODEL_DTYPES:
         what = f"found {quote(dtype)}, expected {' or '.join(MODEL_DTYPES)}"
         raise UsageError("--model-dtype", what, "small gradients are zero in fp16" if dtype == "fp16" else None)
+
+
+def _named(condition: str | None) -> str | None:
+    """Numbers as they are asked for; of a file or folder the name, and not where it lies."""
+    if condition is None or not os.path.exists(condition):  # noqa: PTH110 - numbers may be too many for a name
+        return condition
+    return stem_of(condition)
 
 
 def _name(folder: str) -> str:

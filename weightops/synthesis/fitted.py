@@ -90,6 +90,11 @@ class Fitted:
         return found
 
     @property
+    def numbers(self) -> int:
+        """How many numbers a LoRA is made of: those of the basis, or of the members whose sum it is."""
+        return self.pca.basis.numel() if self.pca is not None else len(self.trained) * self.layout.width
+
+    @property
     def latent_mean(self) -> Tensor:
         """Of the trained members' latents [m]."""
         return self.latents.mean(0)
@@ -175,9 +180,12 @@ class Fitted:
             raise MismatchError(self.label, what, "fit it again on this space")
 
     def with_space(self, space: Space) -> Fitted:
-        """The same, with its space open. Raises MismatchError."""
+        """The same, with its space open, which knows where its conditions' embedder is. Raises MismatchError."""
         self.check_space(space)
-        return replace(self, space=space)
+        source = self.condition_source
+        if source is not None and source == _without_place(space.condition_source):
+            source = space.condition_source
+        return replace(self, space=space, condition_source=source)
 
     # -------------------------------------------------------------------------------------------- as a file
 
@@ -188,7 +196,8 @@ class Fitted:
             "format": FORMAT, "kind": self.kind, "geometry": self.geometry, "form": self.form,
             "layout": self.layout.to_json(), "space": self.space_digest, "members": self.members,
             "trained_names": self.trained_names, "held_out_names": self.held_out_names,
-            "condition_names": self.condition_names, "condition_source": self.condition_source, "seed": self.seed,
+            "condition_names": self.condition_names, "condition_source": _without_place(self.condition_source),
+            "seed": self.seed,
             "settings": dict(self.settings), "parts": parts,
         }  # fmt: skip
         return write_tensors(path, tensors, said, force=force)
@@ -209,6 +218,11 @@ class Fitted:
                 tensors |= {f"{name}.{key}": tensor for key, tensor in part.tensors().items()}
                 parts[name] = part.settings()
         return tensors, parts
+
+
+def _without_place(source: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What made the conditions, without where it is: a fitted model goes to other machines."""
+    return None if source is None else {key: value for key, value in source.items() if key != "embedder"}
 
 
 _PARTS = ("pca", "delta", "vae", "denoiser", "ridge", "nearest")
@@ -248,7 +262,7 @@ def load_fitted(path: str | os.PathLike[str], space: Space | None = None) -> Fit
             seed=int(said["seed"]), settings=said["settings"], label=label, **parts,
         )  # fmt: skip
         _check_parts(made)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
         what = f"is no whole fitted model: {type(e).__name__} {quote(str(e))}"
         raise FormatError(label, what, "fit it again with weightops synth fit") from None
     return made if space is None else made.with_space(space)
@@ -283,6 +297,10 @@ def _check_parts(made: Fitted) -> None:
     """Raises ValueError where the parts do not fit together."""
     if (made.pca is not None) != (made.geometry == "rows") or (made.delta is not None) != (made.geometry == "delta"):
         raise ValueError(f"the geometry {made.geometry} lacks its components")
+    if made.form == "aligned" and (made.reference is None or made.reference.shape != (made.layout.width,)):
+        raise ValueError("rows that are aligned, and no reference of as many features")
+    if not all(0 <= i < made.members for i in (*made.trained, *made.held_out)):
+        raise ValueError(f"members beyond the {made.members}")
     if made.pca is not None and made.pca.mean.shape != (made.layout.width,):
         raise ValueError(f"components of {len(made.pca.mean)} features for {made.layout.width}")
     if (made.kind == "vae" and made.vae is None) or (made.kind == "diffusion" and made.denoiser is None):
@@ -296,5 +314,8 @@ def _check_parts(made: Fitted) -> None:
         raise ValueError(f"a denoiser of {len(made.denoiser.means)} latents, and {size}")
     if made.ridge is not None and made.ridge.intercept.shape != (size,):
         raise ValueError(f"a ridge regression of {len(made.ridge.intercept)} latents, and {size}")
+    for part in (made.ridge, made.nearest):
+        if part is not None and len(part.standard.mean) != len(made.condition_names):
+            raise ValueError(f"conditions of {len(part.standard.mean)} numbers, and {len(made.condition_names)} names")
     if made.nearest is not None and len(made.nearest.points) != len(made.trained):
         raise ValueError(f"conditions of {len(made.nearest.points)} members, and {len(made.trained)}")

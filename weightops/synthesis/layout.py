@@ -131,7 +131,7 @@ class Layout:
                 for m in found["modules"]
             )
             layout = cls(str(found["architecture"]), modules)
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
             raise FormatError(label, f"its list of modules cannot be read: {quote(str(e))}") from None
         if any(m.rank < 1 or len(m.shape) < 2 or min(m.shape) < 1 for m in modules) or not modules:
             raise FormatError(label, "its list of modules names none, or one of no size")

@@ -13,6 +13,7 @@ from weightops.diffusion.axes import stem_of
 from weightops.diffusion.extras import need
 from weightops.diffusion.image_folder import slug
 from weightops.diffusion.image_records import digest_of, inputs_of
+from weightops.diffusion.threads import one_thread
 from weightops.errors import OutputError, UsageError, quote
 from weightops.lora.dialects import DIALECTS
 from weightops.ops.report import peak_memory_bytes
@@ -100,10 +101,11 @@ def sample(
     asked = asked_of(by, count, seed, condition, embedder, between, at, around, spread, guidance, steps)
     found = with_own_space(load_fitted(fitted), space)
     _check_space(found)
-    drawn = drawn_of(found, asked)
+    with one_thread(0 if found.denoiser is None else found.denoiser.parameters):
+        drawn = drawn_of(found, asked)
     targets = _targets(output, found, drawn, dialect, force=force)
     for target in targets:
-        keep_inputs(target, fitted, around, *(between or ()))
+        keep_inputs(target, fitted, around, condition, embedder, *(between or ()))
     settings = _settings(asked, drawn.by, rank, dialect, dtype)
     report = SampleReport(
         os.fspath(fitted), os.fspath(output) if output is not None else str(targets[0]), drawn.by,
@@ -111,10 +113,23 @@ def sample(
     )  # fmt: skip
     if len(targets) > 1 and not dry_run:
         _make_folder(targets[0].parent)
+    with one_thread(found.numbers):
+        _make(found, drawn, targets, os.fspath(fitted), report, force=force)
+    report.warnings += _remembered(report, asked)
+    report.seconds, report.peak_memory_bytes = time.perf_counter() - started, peak_memory_bytes()
+    return report
+
+
+def _make(
+    found: Fitted, drawn: Drawn, targets: Sequence[Path], fitted: str, report: SampleReport, *, force: bool
+) -> None:
+    """Each LoRA as a file, with what it is near to; the report says what there is."""
+    settings, dry_run = report.settings, report.dry_run
+    rank, dialect, dtype = settings["rank"], settings["dialect"], settings["dtype"]
     members = Members(found)
     report.usual_distance = members.usual
-    digest = digest_of(os.fspath(fitted))
-    inputs = inputs_of([(os.fspath(fitted), None if digest is None else digest.hash), *drawn.files])
+    digest = digest_of(fitted)
+    inputs = inputs_of([(fitted, None if digest is None else digest.hash), *drawn.files])
     for number, factors in enumerate(_factors(found, drawn.latents, rank)):
         near = members.nearest(drawn.latents[number], factors)
         nearest = {"name": near.name, "distance": near.distance, "usual": members.usual}
@@ -135,9 +150,6 @@ def sample(
             "ranks": {str(r): n for r, n in written.ranks.items()}, "error": written.error,
         })  # fmt: skip
         report.bytes_written += written.bytes_written
-    report.warnings += _remembered(report, asked)
-    report.seconds, report.peak_memory_bytes = time.perf_counter() - started, peak_memory_bytes()
-    return report
 
 
 def _check_space(fitted: Fitted) -> None:

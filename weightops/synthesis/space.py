@@ -186,7 +186,9 @@ def open_space(folder: str | os.PathLike[str]) -> Space:
     try:
         count, dtype, form = int(index["members"]), str(index["dtype"]), str(index["form"])
         conditions_of = index["conditions"]
-    except (KeyError, TypeError, ValueError):
+        if conditions_of is not None:
+            conditions_of = {"names": list(conditions_of["names"]), "source": dict(conditions_of["source"])}
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise FormatError(label, f"its {INDEX} lacks what every space has") from None
     layout = Layout.of_json(index.get("layout"), label)
     if dtype not in WIDTHS or form not in FORMS or count < 1:
@@ -198,7 +200,7 @@ def open_space(folder: str | os.PathLike[str]) -> Space:
         np.array([float(m["norm"]) for m in lines]), _reference(place / REFERENCE, layout, label, form),
         None if conditions_of is None else _conditions(place / CONDITIONS, count, conditions_of, label),
         () if conditions_of is None else tuple(map(str, conditions_of["names"])),
-        None if conditions_of is None else dict(conditions_of["source"]),
+        None if conditions_of is None else conditions_of["source"],
     )  # fmt: skip
 
 
@@ -210,9 +212,10 @@ def _index(place: Path, label: str) -> dict[str, Any]:
         raise UsageError(label, "no such folder", hint)
     try:
         found = json.loads((place / INDEX).read_bytes())
-    except FileNotFoundError:
-        raise UsageError(label, "is no space of LoRAs", "weightops synth collect makes one") from None
-    except (OSError, ValueError) as e:
+    except (FileNotFoundError, NotADirectoryError):
+        what = "is no space of LoRAs" if place.is_dir() else "is a file, expected the folder of a space"
+        raise UsageError(label, what, "weightops synth collect makes one") from None
+    except (OSError, ValueError, RecursionError) as e:
         raise FormatError(label, f"its {INDEX} cannot be read: {quote(str(e))}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         said = found.get("format") if isinstance(found, dict) else None
@@ -229,7 +232,7 @@ def _lines(path: Path, count: int, label: str) -> list[dict[str, Any]]:
                     break
                 found.append(json.loads(line))
         whole = all(math.isfinite(float(m["norm"])) and {"name", "hash"} <= m.keys() for m in found)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
         raise FormatError(label, f"its {MEMBERS} cannot be read: {quote(str(e))}") from None
     if len(found) != count or not whole:
         raise FormatError(label, f"its {MEMBERS} names {len(found):,} LoRAs, expected {count:,}")

@@ -55,7 +55,8 @@ def read_tensors(label: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         said = _said(opened.metadata, label)
         tensors = {}
         for key, info in opened.tensors.items():
-            if not TORCH_DTYPES[info.spec.dtype].is_floating_point and info.spec.dtype != "I64":
+            known = TORCH_DTYPES.get(info.spec.dtype)
+            if known is None or (not known.is_floating_point and info.spec.dtype != "I64"):
                 raise FormatError(label, f"tensor {quote(key)} holds {info.spec.dtype}, expected numbers")
             data = np.empty(info.spec.nbytes, dtype=np.uint8).data
             opened.read_bytes(opened.slot(key), 0, info.spec.nbytes, data)
@@ -70,7 +71,7 @@ def _said(metadata: Mapping[str, str], label: str) -> dict[str, Any]:
         raise UsageError(label, "is no fitted model of a space of LoRAs", hint)
     try:
         said = json.loads(metadata[KEY])
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise FormatError(label, f"its metadata {KEY} cannot be read: {quote(str(e))}") from None
     if not isinstance(said, dict) or said.get("format") != FORMAT:
         found = said.get("format") if isinstance(said, dict) else None

@@ -165,7 +165,7 @@ def made_vae(
     hidden: int = 256,
     layers: str = "mlp",
     beta: float = 0.01,
-    dropout: float = 0.3,
+    dropout: float = 0.5,
     steps: int | None = None,
     lr: float | None = None,
     batch: int = 64,

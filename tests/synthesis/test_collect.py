@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from spaces import factors_of, family_of, layout_of, space_of, write_family
 
 from weightops.errors import (
@@ -23,6 +24,7 @@ from weightops.errors import (
 )
 from weightops.synthesis.collect import collect
 from weightops.synthesis.collection import Collection
+from weightops.synthesis.fit import fit_pca
 from weightops.synthesis.lora_file import write_lora
 from weightops.synthesis.members import read_factors
 from weightops.synthesis.space import open_space, unfinished
@@ -206,6 +208,97 @@ def test_force_begins_anew_and_only_in_place_of_a_space(tmp_path: Path) -> None:
         collect(tmp_path / "other", output=tmp_path / "loras", force=True)
 
 
+def test_force_takes_fitted_models_along_and_refuses_what_else_lies_there(tmp_path: Path) -> None:
+    space_of(tmp_path, 4)
+    fit_pca(tmp_path / "space", components=2)
+    collect(tmp_path / "loras", output=tmp_path / "space", force=True)
+    assert not (tmp_path / "space/pca.safetensors").exists()
+    kept = shutil.copy(tmp_path / "loras/lora-0.safetensors", tmp_path / "space/mine.safetensors")
+    with pytest.raises(OutputError, match=r"what is not the space's, and would be lost: 'mine\.safetensors'"):
+        collect(tmp_path / "loras", output=tmp_path / "space", force=True)
+    assert Path(kept).read_bytes() == (tmp_path / "loras/lora-0.safetensors").read_bytes()
+
+
+def test_the_folder_one_is_in_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space_of(tmp_path, 3)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UsageError, match="is no name that a new folder could have"):
+        collect(tmp_path / "loras", output=".")
+    monkeypatch.chdir(tmp_path / "space")
+    assert collect(tmp_path / "loras", output=".").there == 3
+
+
+def test_another_strength_of_the_same_tensors_is_another_lora(tmp_path: Path) -> None:
+    found = space_of(tmp_path, 3)
+    member = family_of(found.layout, 3)[0]
+    one = tmp_path / "one" / "lora-0.safetensors"
+    write_family(one.parent, found.layout, [member])
+    assert collect(one, output=tmp_path / "space").there == 1
+    with safe_open(one, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+    write_tensors(one, {key: 2 * t if key.endswith(".alpha") else t for key, t in tensors.items()})
+    with pytest.raises(MismatchError, match="is not the LoRA that the space has under the name 'lora-0'"):
+        collect(one, output=tmp_path / "space")
+
+
+def test_a_lora_without_a_module_does_not_decide_where_the_mean_begins(tmp_path: Path) -> None:
+    layout = layout_of(2)
+    members = family_of(layout, 6)
+    members[0][1] = (torch.zeros_like(members[0][1][0]), torch.zeros_like(members[0][1][1]))
+    drawn = torch.Generator().manual_seed(3)
+    gauges = [torch.linalg.qr(torch.randn(2, 2, generator=drawn, dtype=torch.float64))[0] for _ in members]
+    turned = [[(up @ g, g.mT @ down) for up, down in one] for one, g in zip(members, gauges, strict=True)]
+    for name, family in (("a", members), ("b", turned)):
+        write_family(tmp_path / name, layout, family)
+        collect(tmp_path / name, output=tmp_path / f"space-{name}")
+    first, second = (open_space(tmp_path / f"space-{name}") for name in "ab")
+    assert off(first.rows(range(6)), second.rows(range(6))) < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------ at once
+
+
+def test_rows_of_another_run_are_not_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = space_of(tmp_path, 4)
+    members = family_of(found.layout, 8)
+    write_family(tmp_path / "mine", found.layout, members[4:6], start=4)
+    write_family(tmp_path / "theirs", found.layout, members[6:], start=6)
+    real = Collection.held
+
+    def held(self: Collection) -> Any:
+        monkeypatch.setattr(Collection, "held", real)
+        collect(tmp_path / "theirs", output=tmp_path / "space")
+        return real(self)
+
+    monkeypatch.setattr(Collection, "held", held)
+    with pytest.raises(OutputError, match="another run has added to it meanwhile"):
+        collect(tmp_path / "mine", output=tmp_path / "space")
+    assert open_space(tmp_path / "space").names[4:] == ("lora-6", "lora-7")
+    collect(tmp_path / "mine", output=tmp_path / "space")
+    assert open_space(tmp_path / "space").names[4:] == ("lora-6", "lora-7", "lora-4", "lora-5")
+
+
+def test_a_space_that_came_meanwhile_stays_and_the_work_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space_of(tmp_path, 4)
+    there = files_of(tmp_path / "space")
+    real = Collection.finish
+
+    def finish(self: Collection, *words: Any, **more: Any) -> Any:
+        shutil.copytree(tmp_path / "space", tmp_path / "new")
+        return real(self, *words, **more)
+
+    monkeypatch.setattr(Collection, "finish", finish)
+    with pytest.raises(OutputError, match="new: exists"):
+        collect(tmp_path / "loras", output=tmp_path / "new", form="svd")
+    assert files_of(tmp_path / "new") == there
+    monkeypatch.setattr(Collection, "finish", real)
+    shutil.rmtree(tmp_path / "new")
+    assert collect(tmp_path / "loras", output=tmp_path / "new", form="svd").taken_up == 4
+
+
 # ------------------------------------------------------------------------------------------------ interrupted
 
 
@@ -286,6 +379,10 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     report = collect(tmp_path / "loras", output=tmp_path / "space", dry_run=True)
     assert (report.members, report.features, report.nbytes) == (3, layout.width, 3 * 4 * layout.width)
     assert [path.name for path in tmp_path.iterdir()] == ["loras"]
+    collect(tmp_path / "loras", output=tmp_path / "space")
+    write_family(tmp_path / "loras", layout, family_of(layout, 5)[3:], start=3)
+    report = collect(tmp_path / "loras", output=tmp_path / "space", dry_run=True)
+    assert (report.members, report.added, report.there) == (5, 2, 3)
 
 
 # ------------------------------------------------------------------------------------------------ what does not fit
@@ -398,6 +495,20 @@ def test_nan_is_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path / "space").exists()
 
 
+def test_nan_is_skipped_where_that_is_asked(tmp_path: Path) -> None:
+    layout = layout_of(2)
+    files = write_family(tmp_path / "loras", layout, family_of(layout, 4))
+    data = bytearray(files[1].read_bytes())
+    data[-4:] = np.float32(np.nan).tobytes()
+    files[1].write_bytes(data)
+    report = collect(tmp_path / "loras", output=tmp_path / "space", others="skip")
+    assert (report.added, report.members, [path for path, _ in report.left_out]) == (3, 3, [str(files[1])])
+    assert ["holds NaN or Inf" in text for text in report.warnings] == [True]
+    files[1].unlink()
+    collect(tmp_path / "loras", output=tmp_path / "without")
+    assert files_of(tmp_path / "space") == files_of(tmp_path / "without")
+
+
 def test_a_value_beyond_fp16_is_refused(tmp_path: Path) -> None:
     layout = layout_of(2)
     write_family(tmp_path / "loras", layout, [factors_of(layout, n, 3e4 if n else 0.1) for n in range(2)])
@@ -433,10 +544,9 @@ def test_unknown_words_are_refused(tmp_path: Path, words: dict[str, Any], said: 
 def test_an_architecture_that_the_loras_are_not_of_is_refused(tmp_path: Path) -> None:
     layout = layout_of(2)
     write_family(tmp_path / "loras", layout, family_of(layout, 2))
+    said = refused(UsageError, tmp_path / "loras", output=tmp_path / "space", architecture="sdxl")
+    assert said.startswith("--architecture: found 'sdxl', but names and shapes of these LoRAs are those of sd15")
     collect(tmp_path / "loras", output=tmp_path / "space", architecture="sd15")
-    for place in ("other", "space"):
-        said = refused(UsageError, tmp_path / "loras", output=tmp_path / place, architecture="sdxl")
-        assert said.startswith("--architecture: found 'sdxl', but names and shapes of these LoRAs are those of sd15")
 
 
 def test_an_empty_folder_holds_no_loras(tmp_path: Path) -> None:
@@ -574,6 +684,10 @@ def test_conditions_go_with_their_loras_also_with_those_that_are_added(tmp_path:
     assert found.conditions.tolist() == [list(said[f"lora-{n}"]) for n in range(5)]
     assert found.condition_source is not None
     assert found.condition_source["kind"] == "csv"
+    changed = table(tmp_path / "changed.csv", said | {"lora-1": (9.0, 9.0)})
+    report = collect(tmp_path / "first", output=tmp_path / "space", conditions=changed)
+    assert "1 have other conditions there already, which stay: 'lora-1'" in report.warnings[-1]
+    assert np.array_equal(open_space(tmp_path / "space").conditions, found.conditions)
 
 
 def test_conditions_must_be_whole_and_of_one_kind(tmp_path: Path) -> None:

@@ -251,6 +251,21 @@ def test_an_image_is_asked_for_by_the_embedder_that_made_the_space(tmp_path: Pat
         condition_of(str(tmp_path / "images/cat.png"), space)
 
 
+def test_as_many_numbers_as_a_face_has_are_no_file_name() -> None:
+    names = tuple(f"e{n}" for n in range(512))
+    ((_, found),) = condition_of(",".join(f"{n / 512:.6f}" for n in range(512)), Of(names, None))
+    assert found.shape == (512,)
+    with pytest.raises(UsageError, match="found 511 numbers, expected 512 numbers"):
+        condition_of(",".join(["0.5"] * 511), Of(names, None))
+
+
+def test_without_its_place_an_embedder_is_asked_for(tmp_path: Path) -> None:
+    path = str(picture(tmp_path / "cat.png", (255, 255, 255)))
+    with pytest.raises(UsageError, match="the embedder 'clip' made its conditions, and not where it is") as refused:
+        condition_of(path, Of(("e1",), {"kind": "images", "name": "clip", "digest": "xxh3_128:0"}))
+    assert "--embedder FILE" in str(refused.value.hint)
+
+
 def test_an_image_for_a_table_needs_an_embedder_of_the_same_numbers(tmp_path: Path) -> None:
     path = str(picture(tmp_path / "cat.png", (255, 255, 255)))
     with pytest.raises(UsageError, match=r"are from 'conditions.csv', and not made of images"):

@@ -111,9 +111,10 @@ def conditional(conditioning: str, prediction: str = "x0") -> Denoiser:
 @functools.cache
 def _conditional(conditioning: str, prediction: str) -> Denoiser:
     latents, conditions = told()
+    words: dict[str, Any] = {"width": 32, "steps": 400, "rank": 2, "batch": 64}
     return made_denoiser(
-        latents[:200], conditions[:200], conditioning=conditioning, prediction=prediction, width=32, steps=400, rank=2, batch=64
-    )[0]
+        latents[:200], conditions[:200], conditioning=conditioning, prediction=prediction, **words
+    )[0]  # fmt: skip
 
 
 @pytest.mark.parametrize(("conditioning", "prediction"), [("adanorm", "x0"), ("adanorm", "v"), ("adalora", "x0")])

@@ -219,7 +219,7 @@ def test_a_label_that_explains_no_more_than_chance_is_warned_of(there: Path, tmp
     ("words", "said"),
     [
         ({"label": "hew"}, "--label: found 'hew', expected one of 'hue', 'size', 'shape'"),
-        ({"strength": None}, "--strength: found None, expected a number of the label's deviations, such as 1 or -0.5"),
+        ({"strength": None}, "--strength: is lacking, expected a number of the label's deviations, such as 1 or -0.5"),
         ({"strength": float("inf")}, "--strength: found inf, expected a number of the label's deviations, "
                                      "such as 1 or -0.5"),
         ({"label": None}, "--label: is lacking: along what?"),

@@ -173,6 +173,25 @@ def test_loras_that_are_all_the_same_are_refused(tmp_path: Path) -> None:
             fit(tmp_path / "space", geometry=geometry)
 
 
+def test_the_reference_of_a_space_is_never_replaced(tmp_path: Path) -> None:
+    space = space_of(tmp_path, 6)
+    with pytest.raises(OutputError, match=r"reference\.safetensors: is an input, and inputs are never replaced"):
+        fit_pca(space.folder, components=2, output=space.folder / "reference.safetensors", force=True)
+    assert open_space(space.folder).digest == space.digest
+
+
+def test_no_fitted_file_says_where_anything_lies(tmp_path: Path) -> None:
+    conditions = np.random.default_rng(0).standard_normal((30, 2))
+    space = made_space(tmp_path / "space", low_dimensional(30, 40, 3), conditions=conditions).folder
+    fit(space)
+    fit_vae(space, latents=2, components=3, steps=2)
+    fit_diffusion(space, latents_of=space / "vae.safetensors", steps=2)
+    for kind, source in (("pca", None), ("vae", "pca.safetensors"), ("diffusion", "vae.safetensors")):
+        path = space / f"{kind}.safetensors"
+        assert str(tmp_path).encode() not in path.read_bytes()
+        assert load_fitted(path).settings.get("learnt_from") == source
+
+
 def test_wrong_words_are_refused(tmp_path: Path) -> None:
     space = made_space(tmp_path / "space", low_dimensional(20, 30, 3)).folder
     for words, said in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from weightops.diffusion.dataset import Framing, read_examples
 from weightops.diffusion.encoding import encode
 from weightops.diffusion.objectives import held_out_loss
 from weightops.errors import FormatError, MismatchError, OutputError, UsageError, WeightopsError
+from weightops.files.checkpoint import open_checkpoint
+from weightops.lineage import KEY
 from weightops.synthesis.coordinates import coordinates, coordinates_of, learn_coefficients, learn_plain
 from weightops.synthesis.fit import fit_pca
 from weightops.synthesis.fit_images import fit_images
@@ -143,12 +146,23 @@ def test_plain_training_begins_at_the_model_alone_and_learns(base: Base, images:
         assert (losses.of(names, learnt) < plain - 0.01).all()
 
 
+def recipe_of(path: Path) -> str:
+    with open_checkpoint(path) as opened:
+        return opened.metadata[KEY]
+
+
 def test_a_condition_says_where_to_begin(base: Base, fitted: Path, tmp_path: Path) -> None:
     made = load_fitted(fitted)
     assert made.ridge is not None
     output = tmp_path / "new.safetensors"
     words = {"model": base.model, "output": output, "steps": 1, "lr": 1e-9, "condition": "1.5,0,-1"}
     report = fit_images(base.folder / "few" / "bob", fitted, **words)  # type: ignore[arg-type]
+    assert '"condition": "1.5,0,-1"' in recipe_of(output)
+    table = tmp_path / "asked.csv"
+    table.write_text(f"name,{','.join(made.condition_names)}\nbob,1.5,0,-1\n")
+    fit_images(base.folder / "few" / "bob", fitted, **(words | {"condition": str(table), "force": True}))  # type: ignore[arg-type]
+    assert '"condition": "asked.csv"' in recipe_of(output)
+    assert str(tmp_path) not in recipe_of(output)
     assert report.start == "ridge regression on the condition"
     c = coordinates_of(made).of_latents(made.ridge.predict(np.array([[1.5, 0, -1]])))
     assert report.distance == pytest.approx(float(c.square().mean().sqrt()), rel=1e-4)
@@ -188,6 +202,7 @@ def test_nothing_is_written_by_a_dry_run(base: Base, fitted: Path, tmp_path: Pat
         ({"dialect": "peft", "output": "x.safetensors"}, UsageError, "a folder is written here"),
         ({"model_dtype": "fp16"}, UsageError, "--model-dtype: found 'fp16', expected fp32 or bf16"),
         ({"model": "nowhere"}, WeightopsError, "nowhere"),
+        ({"prompt": " "}, UsageError, "--prompt: found ' ', expected words"),
     ],
 )
 def test_wrong_words_are_refused(
@@ -204,6 +219,12 @@ def test_wrong_inputs_are_refused(base: Base, space: Space, fitted: Path, tmp_pa
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="empty"):
         fit_images(tmp_path / "empty", fitted, model=base.model, output=output)
+    (tmp_path / "silent").mkdir()
+    shutil.copy(next(few.glob("*.png")), tmp_path / "silent")
+    with pytest.raises(UsageError, match="no caption") as caught:
+        fit_images(tmp_path / "silent", fitted, model=base.model, output=output)
+    hint = f"--prompt TEXT says one for all; weightops caption {tmp_path}/silent writes what is missing"
+    assert caught.value.hint == hint
     (tmp_path / "cut.safetensors").write_bytes(fitted.read_bytes()[:-10])
     with pytest.raises(FormatError, match="but the file holds"):
         fit_images(few, tmp_path / "cut.safetensors", model=base.model, output=output)

@@ -96,6 +96,20 @@ def test_baselines_come_with_conditions_and_come_back(conditioned: Space, space:
     assert (without.ridge, without.nearest, without.condition_mean, without.condition_std) == (None,) * 4
 
 
+def test_no_place_goes_into_the_file_and_the_space_brings_it_back(conditioned: Space, tmp_path: Path) -> None:
+    source = {"kind": "images", "embedder": "/home/me/clip", "name": "clip", "digest": "xxh3_128:0"}
+    space = replace(conditioned, condition_source=source)
+    made = fitted_of(space)
+    assert made.condition_source == source
+    made.save(tmp_path / "a.safetensors")
+    assert b"/home/me" not in (tmp_path / "a.safetensors").read_bytes()
+    found = load_fitted(tmp_path / "a.safetensors")
+    assert found.condition_source == {k: v for k, v in source.items() if k != "embedder"}
+    assert found.with_space(space).condition_source == source
+    other = replace(space, condition_source=source | {"digest": "xxh3_128:1"})
+    assert found.with_space(other).condition_source == found.condition_source
+
+
 def test_rows_there_and_back(space: Space) -> None:
     made = fitted_of(space, 5)
     rows = space.rows(list(made.trained))

@@ -160,6 +160,22 @@ def test_the_components_of_the_space_are_taken_where_they_fit(tmp_path: Path) ->
         assert report.learnt_from == "made here"
 
 
+def test_the_first_components_of_delta_are_those_that_would_be_made(tmp_path: Path) -> None:
+    space = space_of(tmp_path, 20)
+    words = {**VAE, "components": 4, "latents": 2, "layers": "linear", "geometry": "delta"}
+    made = fit_vae(space.folder, **words, output=tmp_path / "made.safetensors")
+    pca = fit_pca(space.folder, components=7, geometry="delta", device="cpu").output
+    taken = fit_vae(space.folder, **words)
+    assert (made.learnt_from, taken.learnt_from) == ("made here", pca)
+    assert (made.components, taken.components) == (4, 4)
+    assert taken.left == pytest.approx(made.left, rel=1e-3)
+    one, other = (load_fitted(report.output, space) for report in (made, taken))
+    for (up, down), (same_up, same_down) in zip(
+        one.factors_of(one.latents[:2]), other.factors_of(other.latents[:2]), strict=True
+    ):
+        assert torch.allclose(up @ down, same_up @ same_down, atol=1e-4)
+
+
 def test_diffusion_of_a_vae_has_its_latents_and_its_split(tmp_path: Path) -> None:
     space = spaced(tmp_path)
     vae = fit_vae(space.folder, **VAE, seed=5, held_out=12)

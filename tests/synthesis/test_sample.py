@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,9 +27,6 @@ from weightops.synthesis.memorised import Members
 from weightops.synthesis.memorised import relative as relatives
 from weightops.synthesis.sample import SampleReport, sample
 from weightops.synthesis.space import open_space
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 torch.set_num_threads(1)
 
@@ -300,7 +298,10 @@ def test_an_input_is_never_replaced(there: Path, tmp_path: Path) -> None:
     model, lora = tmp_path / "pca.safetensors", tmp_path / "lora-1.safetensors"
     shutil.copy(there / "space/pca.safetensors", model)
     shutil.copy(there / "loras/lora-1.safetensors", lora)
-    for output, words in ((model, {}), (lora, {"around": str(lora)})):
+    table = shutil.copy(there / "conditions.csv", tmp_path / "one.csv")
+    Path(table).write_text("\n".join(Path(table).read_text().splitlines()[:2]))
+    asked = {"condition": str(table), "by": "ridge"}
+    for output, words in ((model, {}), (lora, {"around": str(lora)}), (Path(table), asked)):
         before = output.read_bytes()
         with pytest.raises(OutputError, match="is an input, and inputs are never replaced"):
             sample(model, output=output, force=True, **words)  # type: ignore[arg-type]
@@ -328,6 +329,7 @@ def test_replay_says_in_a_sentence_that_there_is_none(there: Path, tmp_path: Pat
         ("pca", {"by": "mean", "condition": CONDITION}, "--by: mean makes nothing of a condition"),
         ("pca", {"by": "ridge"}, "--by: ridge makes a LoRA of a condition"),
         ("pca", {"count": 0}, "--count: found 0, expected 1 to 10,000"),
+        ("diffusion", {"steps": 0}, "--steps: found 0, expected 1 or more"),
         ("pca", {"count": 2, "by": "mean"}, "--count: found 2, but --by mean makes one alone"),
         ("pca", {"count": 2, "condition": CONDITION}, "--count: found 2, but ridge makes one LoRA of a condition"),
         ("pca", {"seed": -1}, "--seed: found -1, expected 0 to 9,223,372,036,854,775,807"),

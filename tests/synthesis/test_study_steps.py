@@ -30,6 +30,8 @@ steps:
     synth sample: {fitted: $pca, space: $space, count: 2, by: gaussian}
   asked:
     synth sample: {fitted: $pca, space: $space, condition: "0.1,0.2", by: ridge}
+  between:
+    synth sample: {fitted: $pca, space: $space, between: [lora-0, lora-1], at: [0.25, 0.75]}
   moved:
     synth edit: {lora: $asked, fitted: $pca, space: $space, label: hue, strength: 1}
   page:
@@ -70,15 +72,16 @@ def test_what_a_step_makes_the_next_can_name(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(STEPS)
     words = {"output": tmp_path / "out", "verbs": VERBS}
     report = study(tmp_path / "study.yaml", **words)  # type: ignore[arg-type]
-    assert [step.state for step in report.steps] == [RUN] * 6
+    assert [step.state for step in report.steps] == [RUN] * 7
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.safetensors")}
     assert {"pca/pca.safetensors", "asked/asked.safetensors", "moved/moved.safetensors"} <= files
     assert sum(name.startswith("drawn/drawn/") for name in files) == 2
+    assert sum(name.startswith("between/between/") for name in files) == 2
     page = (tmp_path / "out" / "page" / "index.html").read_text()
     assert "explained" in page
     assert str(tmp_path) not in page
     again = study(tmp_path / "study.yaml", **words)  # type: ignore[arg-type]
-    assert [step.state for step in again.steps] == [STANDS] * 6
+    assert [step.state for step in again.steps] == [STANDS] * 7
 
 
 def test_another_lora_runs_what_depends_on_it(tmp_path: Path) -> None:

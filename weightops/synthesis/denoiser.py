@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from weightops.diffusion.threads import one_thread
 from weightops.errors import FormatError, MismatchError, UsageError, ValueRefused, quote
 from weightops.synthesis.denoiser_layers import BLOCKS, CONDITIONINGS, begun, denoised, shapes_of
 from weightops.synthesis.descent import TIMES_DRAWN, Pace, descend, generator, kept, length, normal
@@ -77,7 +78,7 @@ class Denoiser:
             raise UsageError("--seed", f"found {seed}, expected 0 or more")
         standard = None if condition is None else self._standard(condition, count)
         found = torch.empty(count, self.latents)
-        with torch.no_grad():
+        with torch.no_grad(), one_thread(self.parameters):
             for start in range(0, count, _ROWS):
                 stop = min(start + _ROWS, count)
                 noise = torch.zeros(_ROWS, self.latents)

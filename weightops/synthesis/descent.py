@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from weightops.diffusion.processes import Processes
+from weightops.diffusion.threads import one_thread
 from weightops.errors import UsageError, ValueRefused
 
 if TYPE_CHECKING:
@@ -166,19 +167,20 @@ def descend(
         pieces = torch.split(flat, counts)
         return {name: piece.view(size) for piece, (name, size) in zip(pieces, sizes.items(), strict=True)}
 
-    while state.step < pace.steps:
-        members, slots = _batch(count, pace, state.step, processes)
-        leaf = state.weights.requires_grad_(True)
-        found = loss(named(leaf), members.to(device), slots, state.step)
-        (gradient,) = torch.autograd.grad(found[0], leaf)
-        state.weights = leaf.detach()
-        # One tensor for the processes to sum: the loss's parts travel with the gradient.
-        summed = processes.sum(torch.cat([gradient, found.detach()])) / min(count, pace.batch)
-        _apply(state, summed[: len(gradient)], summed[len(gradient) :], decays, pace, where)
-        if keep is not None:
-            keep(state)
-        if on_progress is not None:
-            on_progress(state.step, pace.steps, float(state.losses[0]))
+    with one_thread(sum(counts)):
+        while state.step < pace.steps:
+            members, slots = _batch(count, pace, state.step, processes)
+            leaf = state.weights.requires_grad_(True)
+            found = loss(named(leaf), members.to(device), slots, state.step)
+            (gradient,) = torch.autograd.grad(found[0], leaf)
+            state.weights = leaf.detach()
+            # One tensor for the processes to sum: the loss's parts travel with the gradient.
+            summed = processes.sum(torch.cat([gradient, found.detach()])) / min(count, pace.batch)
+            _apply(state, summed[: len(gradient)], summed[len(gradient) :], decays, pace, where)
+            if keep is not None:
+                keep(state)
+            if on_progress is not None:
+                on_progress(state.step, pace.steps, float(state.losses[0]))
     losses = dict(zip(parts, state.losses.tolist(), strict=True))
     return {name: weight.cpu().clone() for name, weight in named(state.averaged).items()}, losses
 

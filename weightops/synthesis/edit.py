@@ -118,9 +118,8 @@ def _edited(
     if lora is None:
         raise UsageError("synth edit", "found no LoRA to move", "weightops synth edit LORA FITTED --label NAME …")
     if strength is None or not math.isfinite(strength):
-        raise UsageError(
-            "--strength", f"found {strength}, expected a number of the label's deviations, such as 1 or -0.5"
-        )
+        found_it = "is lacking" if strength is None else f"found {strength}"
+        raise UsageError("--strength", f"{found_it}, expected a number of the label's deviations, such as 1 or -0.5")
     direction = direction_of(directions, label, names, where="--label")
     placed = place_of(os.fspath(lora), found)
     if placed.row is None:

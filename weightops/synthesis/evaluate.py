@@ -12,6 +12,7 @@ from weightops import __version__
 from weightops.diffusion.evaluation_folder import said
 from weightops.diffusion.extras import need
 from weightops.diffusion.models import load
+from weightops.diffusion.threads import one_thread, weights_of
 from weightops.diffusion.training_words import resolution_of
 from weightops.errors import UsageError
 from weightops.ops.report import peak_memory_bytes
@@ -193,15 +194,19 @@ def evaluate(
     if dry_run:
         report.cells = len(list(_cells(bench)))
         return report
+    first, weights = asked.spaces[0], 0
     if model is not None and asked.images is not None:
         loaded = load(
             model, where="synth evaluate", vae=vae, like=like, device=device, dtype=model_dtype,
             prediction=prediction if prediction in ("epsilon", "v_prediction") else None,
         )  # fmt: skip
-        _with_model(bench, loaded, report)
+        weights = weights_of(loaded.pipe)
+        with one_thread(weights):
+            _with_model(bench, loaded, report)
     cells = Cells(target, {"pairs": pairs, "prompt": prompt})
     todo = list(_cells(bench))
-    cells.measure(todo, on_progress)
+    with one_thread(max(weights, len(first) * first.width)):
+        cells.measure(todo, on_progress)
     report.cells, report.taken = len(todo), cells.taken
     report.findings = [finding(bench, cells) for part, finding in _FINDINGS.items() if part in asked.parts]
     written = write(

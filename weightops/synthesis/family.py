@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
 from weightops.diffusion.extras import need
+from weightops.diffusion.threads import one_thread
 from weightops.errors import Interrupted, UsageError, printable
 from weightops.ops.report import peak_memory_bytes
 from weightops.synthesis.family_base import encoded, make_base
@@ -122,21 +123,16 @@ def family(
     """
     started = time.perf_counter()
     need("synth family", "torch", "diffusers", "transformers", "PIL", "safetensors", extra="synthesis")
-    import torch
-
     words = Words(count, seed, rank, images, held_out, steps, base_steps)
     _check(words)
     made = begin(Path(output), words, random_gauge=random_gauge, force=force)
-    threads = torch.get_num_threads()
-    # The same bytes on a machine of any number of cores; and tensors as small as these gain little by a second one.
-    torch.set_num_threads(1)
     try:
-        report = _make(made, random_gauge=random_gauge, on_progress=on_progress)
+        # The same bytes on a machine of any number of cores; and tensors as small as these gain little by a second one.
+        with one_thread():
+            report = _make(made, random_gauge=random_gauge, on_progress=on_progress)
     except (Interrupted, KeyboardInterrupt):
         what = f"interrupted; what is done is kept in {printable(str(made.folder))}"
         raise Interrupted("synth family", what, "the same command goes on from there") from None
-    finally:
-        torch.set_num_threads(threads)
     report.seconds = time.perf_counter() - started
     report.peak_memory_bytes = peak_memory_bytes()
     return report

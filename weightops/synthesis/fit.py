@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightops.diffusion.extras import need
 from weightops.diffusion.processes import Processes, join, started
+from weightops.diffusion.threads import one_thread
 from weightops.errors import MemoryRefused, UsageError, ValueRefused, quote
 from weightops.files.writer import check_target
 from weightops.ops.report import peak_memory_bytes
@@ -112,22 +113,23 @@ def made_pca(
     """The components of the trained members and the baselines, and how they came about; no file is written."""
     together = processes or Processes()
     made: dict[str, Any]
-    if geometry == "delta":
-        made, latents, course = _delta(space, trained, held_out, components, memory, together, on_progress)
-    else:
-        found, plan, values = principal(
-            space, trained, space.width, components, memory=memory, tolerance=tolerance, passes=passes, seed=seed,
-            device=device, processes=together, keep=keep, tick=on_progress,
-        )  # fmt: skip
-        _check_varied(space, found.total)
-        pca = as_pca(found)
-        sweep = Sweep(space, trained, plan.block, plan.band, device, together, on_progress)
-        latents, _ = _coefficients(pca, sweep, trained)
-        explained = _coefficients(pca, sweep, held_out)[1] if held_out else None
-        course = Course(
-            plan.route, found.passes, found.reached, found.change, values + sweep.values, plan.nbytes, explained
-        )  # fmt: skip
-        made = {"pca": pca}
+    with one_thread(len(trained) * space.width):
+        if geometry == "delta":
+            made, latents, course = _delta(space, trained, held_out, components, memory, together, on_progress)
+        else:
+            found, plan, values = principal(
+                space, trained, space.width, components, memory=memory, tolerance=tolerance, passes=passes, seed=seed,
+                device=device, processes=together, keep=keep, tick=on_progress,
+            )  # fmt: skip
+            _check_varied(space, found.total)
+            pca = as_pca(found)
+            sweep = Sweep(space, trained, plan.block, plan.band, device, together, on_progress)
+            latents, _ = _coefficients(pca, sweep, trained)
+            explained = _coefficients(pca, sweep, held_out)[1] if held_out else None
+            course = Course(
+                plan.route, found.passes, found.reached, found.change, values + sweep.values, plan.nbytes, explained
+            )  # fmt: skip
+            made = {"pca": pca}
     fitted = Fitted(
         "pca", geometry, space.layout, space.form, space.reference, space.digest, len(space), tuple(trained),
         tuple(space.names[i] for i in trained), tuple(held_out), tuple(space.names[i] for i in held_out), latents,

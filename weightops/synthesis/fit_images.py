@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
 from weightops.diffusion.axes import stem_of
-from weightops.diffusion.dataset import read_examples
 from weightops.diffusion.extras import need
 from weightops.diffusion.image_records import digest_of, inputs_of
 from weightops.diffusion.models import load
@@ -27,7 +26,7 @@ from weightops.synthesis.gap import Losses, changes_texts, check_base
 from weightops.synthesis.image_descent import Course
 from weightops.synthesis.lora_file import write_lora
 from weightops.synthesis.memorised import Members
-from weightops.synthesis.own_images import Listed, OwnImages
+from weightops.synthesis.own_images import Listed, OwnImages, examples_of
 from weightops.synthesis.places import with_own_space
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ def fit_images(
     size = resolution_of(resolution)
     _check_memory(label)
     found = with_own_space(load_fitted(fitted), space)
-    examples = read_examples(folder, where=folder, prompt=prompt)
+    examples = examples_of(folder, where=folder, prompt=prompt)
     together = min(BATCH, len(examples.examples)) if batch is None else batch
     course = Course(steps, lr, together, seed, l2).check()
     out = _Out(target, found.layout, {"dialect": dialect, "rank": rank, "dtype": dtype, "force": force})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
@@ -27,8 +28,6 @@ from weightops.synthesis.sweep import unseen
 from weightops.synthesis.vae import made_vae
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
     from weightops.diffusion.processes import Processes
@@ -119,7 +118,7 @@ def fit_vae(
     trained, apart = split(opened, held_out, seed)
     check_enough(opened, trained, 1)
     processes, device = meet(device)
-    wanted = components or min(max(64, 2 * latents), len(trained) - 1, opened.width)
+    wanted = min(max(64, 2 * latents), len(trained) - 1, opened.width) if components is None else components
     axes, source = components_for(
         opened, trained, apart, wanted, seed=seed, geometry=geometry, exact=components is not None, device=device,
         memory=memory, processes=processes, on_progress=on_progress,
@@ -135,7 +134,7 @@ def fit_vae(
             state=kept.load(), keep=kept.save, on_progress=lambda done, total, _: on_progress(done, total, "the VAE"),
         )  # fmt: skip
     found = vae.encode(axes.latents)
-    settings = {"components": axes.components, **words, "learnt_from": source}
+    settings = {"components": axes.components, **words, "learnt_from": Path(source).name}
     fitted = replace(
         axes, kind="vae", vae=vae, latents=found, settings=settings, **baselines(opened, trained, found)
     )  # fmt: skip
@@ -188,7 +187,7 @@ def fit_diffusion(
     if os.fspath(latents_of) == "pca":
         trained, apart = split(opened, held_out, seed)
         check_enough(opened, trained, 1)
-        wanted = components or min(64, len(trained) - 1, opened.width)
+        wanted = min(64, len(trained) - 1, opened.width) if components is None else components
         before, source = components_for(
             opened, trained, apart, wanted, seed=seed, geometry=geometry, exact=components is not None, device=device,
             memory=memory, processes=processes, on_progress=on_progress,
@@ -206,7 +205,7 @@ def fit_diffusion(
             before.latents, conditions, **words, seed=seed, where=opened.label, device=device, processes=processes,
             state=kept.load(), keep=kept.save, on_progress=lambda done, total, _: on_progress(done, total, "diffusion"),
         )  # fmt: skip
-    settings = {"components": before.components, **words, "learnt_from": source}
+    settings = {"components": before.components, **words, "learnt_from": Path(source).name}
     fitted = replace(
         before, kind="diffusion", denoiser=denoiser, seed=seed, settings=settings,
         **baselines(opened, before.trained, before.latents),

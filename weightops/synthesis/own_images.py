@@ -12,13 +12,13 @@ from weightops.diffusion.encoding import check_framing, encode, encoding_of
 from weightops.diffusion.objectives import objective_of
 from weightops.diffusion.training_words import RESOLUTIONS
 from weightops.engine.run import ignore
-from weightops.errors import UsageError, listing, printable
+from weightops.errors import UsageError, listing, printable, quote
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping, Sequence
 
-    from weightops.diffusion.dataset import Example
+    from weightops.diffusion.dataset import Example, Examples
     from weightops.diffusion.encoding import Encoded, Encoding
     from weightops.diffusion.models import Loaded
     from weightops.diffusion.objectives import Objective
@@ -58,10 +58,24 @@ def list_images(
     examples: dict[str, tuple[Example, ...]] = {}
     warnings: list[str] = []
     for name in names:
-        found = read_examples(root / name, where=str(root / name), prompt=prompt, limit=limit)
+        found = examples_of(root / name, where=str(root / name), prompt=prompt, limit=limit)
         examples[name] = found.examples
         warnings += found.warnings
     return Listed(examples, tuple(warnings))
+
+
+def examples_of(
+    folder: str | os.PathLike[str], *, where: str, prompt: str | None, limit: int | None = None
+) -> Examples:
+    """As read_examples: what it raises names --prompt, the one way here to give all of them the same words."""
+    if prompt is not None and not prompt.strip():
+        raise UsageError("--prompt", f"found {quote(prompt)}, expected words")
+    try:
+        return read_examples(folder, where=where, prompt=prompt, limit=limit)
+    except UsageError as e:
+        if prompt is None and (e.hint or "").startswith("weightops caption "):
+            raise UsageError(e.where, e.what, f"--prompt TEXT says one for all; {e.hint}") from None
+        raise
 
 
 def own_resolution(loaded: Loaded, encoding: Encoding) -> tuple[int, int]:

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 
 from weightops.diffusion.axes import stem_of
 from weightops.errors import MismatchError, OutputError, UsageError, WeightopsError, quote
-from weightops.synthesis.gauge import aligned, balanced
 from weightops.synthesis.members import read_factors
-from weightops.synthesis.space import INDEX, open_space
+from weightops.synthesis.space import INDEX, canonical, open_space
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from weightops.synthesis.fitted import Fitted
-    from weightops.synthesis.layout import Factors, Layout
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,17 +53,6 @@ def keep_inputs(target: Path, *inputs: str | os.PathLike[str] | None) -> None:
     for given in inputs:
         if given is not None and os.path.exists(given) and target.exists() and target.samefile(given):  # noqa: PTH110
             raise OutputError(str(target), "is an input, and inputs are never replaced", "-o names another file")
-
-
-def canonical(layout: Layout, form: str, reference: Tensor | None, factors: Factors) -> Tensor:
-    """The row [..., d] that factors have in a space of this form, in float64."""
-    if form == "raw":
-        return layout.flatten([(up.double(), down.double()) for up, down in factors])
-    found = balanced(factors)
-    if form == "aligned":
-        assert reference is not None
-        found = aligned(found, layout.unflatten(reference.double()))
-    return layout.flatten(found)
 
 
 def place_of(words: str, fitted: Fitted) -> Placed:

@@ -101,7 +101,7 @@ def sample(
     asked = asked_of(by, count, seed, condition, embedder, between, at, around, spread, guidance, steps)
     found = with_own_space(load_fitted(fitted), space)
     _check_space(found)
-    with one_thread(0 if found.denoiser is None else found.denoiser.parameters):
+    with one_thread(found.numbers):
         drawn = drawn_of(found, asked)
     targets = _targets(output, found, drawn, dialect, force=force)
     for target in targets:

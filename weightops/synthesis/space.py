@@ -99,13 +99,7 @@ class Space:
 
     def canonical(self, factors: Factors) -> Tensor:
         """The rows [..., width] that factors [..., out, r] have in this space, in float64."""
-        if self.form == "raw":
-            return self.layout.flatten([(up.double(), down.double()) for up, down in factors])
-        found = balanced(factors)
-        if self.form == "aligned":
-            assert self.reference is not None
-            found = aligned(found, self.layout.unflatten(self.reference))
-        return self.layout.flatten(found)
+        return canonical(self.layout, self.form, self.reference, factors)
 
     def rows(self, indices: Sequence[int]) -> Tensor:
         """The rows of these members [n, width], in float32. Raises ValueRefused for NaN or Inf, FormatError."""
@@ -127,6 +121,17 @@ class Space:
                 if bad:
                     raise ValueRefused(self.label, f"the row of {quote(self.names[part[bad[0]]])} holds NaN or Inf")
                 yield slice(start, start + len(part)), rows
+
+
+def canonical(layout: Layout, form: str, reference: Tensor | None, factors: Factors) -> Tensor:
+    """The rows [..., width] that factors [..., out, r] have in a space of this form, in float64."""
+    if form == "raw":
+        return layout.flatten([(up.double(), down.double()) for up, down in factors])
+    found = balanced(factors)
+    if form == "aligned":
+        assert reference is not None
+        found = aligned(found, layout.unflatten(reference))
+    return layout.flatten(found)
 
 
 class RowsFile:

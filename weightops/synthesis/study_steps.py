@@ -51,7 +51,9 @@ def _file(verb: Verb, job: Job) -> Made:
 
 def _loras(verb: Verb, job: Job) -> Made:
     """One LoRA, or a folder of several."""
+    at = job.words.get("at")
     many = job.words.get("count", 1) > 1 or str(job.words.get("condition", "")).endswith((".csv", ".npz"))
+    many = many or (isinstance(at, (list, tuple)) and len(at) > 1)
     name = job.step if many else f"{job.step}.safetensors"
     report = _called(verb, job, job.work / name)
     outputs: dict[str, Any] = {"": name}

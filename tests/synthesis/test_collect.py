@@ -315,7 +315,7 @@ def test_what_is_interrupted_goes_on_to_the_same_bytes(
     for name in ("whole", "space"):
         if appended:
             collect(asked[0], output=tmp_path / name)
-    monkeypatch.setattr("weightops.synthesis.collect._BATCH_NBYTES", 8 * layout.width)
+    monkeypatch.setattr("weightops.synthesis.collect_rows._BATCH_NBYTES", 8 * layout.width)
     if not appended:
         collect(*asked, output=tmp_path / "whole")
     else:

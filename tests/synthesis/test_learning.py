@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from made import made_space
 from spaces import space_of
 
-from weightops.errors import MismatchError, OutputError, UsageError, ValueRefused
+from weightops.cli import synth_fit
+from weightops.errors import Interrupted, MismatchError, OutputError, UsageError, ValueRefused
 from weightops.synthesis import kept_descent
 from weightops.synthesis.fit import fit_pca
 from weightops.synthesis.fitted import load_fitted
@@ -365,3 +367,21 @@ def test_a_gpu_learns_what_a_processor_does(tmp_path: Path, fit: Any, words: dic
         found.append((fitted.vae or fitted.denoiser).tensors())  # type: ignore[union-attr]
     for key, tensor in found[0].items():
         assert torch.allclose(found[1][key], tensor, rtol=1e-2, atol=1e-3), key
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_command_says_where_a_stopped_fit_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    def stopped(_space: str, **_words: Any) -> None:
+        if begun:
+            (tmp_path / "vae-unfinished.safetensors").touch()
+        raise Interrupted("", "interrupted: nothing was written, and no input was changed")
+
+    monkeypatch.setattr(synth_fit, "fit_vae", stopped)
+    found = CliRunner().invoke(synth_fit.command, ["vae", str(tmp_path)], standalone_mode=False)
+    with pytest.raises(Interrupted) as caught:
+        raise found.exc_info[1]
+    where = f"synth fit vae: interrupted; where it stands is kept in {tmp_path}/vae-unfinished.safetensors"
+    assert str(caught.value) == (where if begun else "interrupted: nothing was written, and no input was changed")
+    assert caught.value.hint == ("the same command goes on from there" if begun else None)

@@ -15,7 +15,7 @@ from conftest import weightops
 from learnt import NAMES, conditions_of, learnt
 
 from weightops.cli.synth_sample import command
-from weightops.errors import FormatError, OutputError, UsageError, WeightopsError
+from weightops.errors import FormatError, Interrupted, OutputError, UsageError, WeightopsError
 from weightops.files.checkpoint import open_checkpoint
 from weightops.lineage import read_recipe
 from weightops.ops.replay import replay
@@ -416,3 +416,19 @@ def test_the_commands_document_is_one_and_the_output_has_a_name(
     document = json.loads(done.stdout)
     assert document["files"][0]["path"] == document["output"] == "pca-condition.safetensors"
     assert (tmp_path / "pca-condition.safetensors").is_file()
+
+
+def test_an_interruption_says_how_many_stand(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, written = verb.write_lora, []
+
+    def stopped(path: Path, *given: Any, **words: Any) -> Any:
+        if len(written) == 2:
+            raise Interrupted("", "interrupted: nothing was written, and no input was changed")
+        written.append(path)
+        return write(path, *given, **words)
+
+    monkeypatch.setattr(verb, "write_lora", stopped)
+    with pytest.raises(Interrupted, match="new: interrupted: 2 of 3 LoRAs are written, each of them whole") as caught:
+        made(there, "pca", tmp_path / "new", count=3)
+    assert caught.value.hint == "--force makes all of them anew"
+    assert sorted((tmp_path / "new").iterdir()) == written

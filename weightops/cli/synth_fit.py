@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from weightops.cli import options, render
 from weightops.diffusion.processes import is_first
-from weightops.errors import UsageError, printable
+from weightops.errors import Interrupted, UsageError, printable
 from weightops.synthesis.denoiser import PREDICTIONS
 from weightops.synthesis.denoiser_layers import CONDITIONINGS
 from weightops.synthesis.fit import fit_pca
@@ -18,7 +20,7 @@ from weightops.synthesis.learning import fit_diffusion, fit_vae
 from weightops.synthesis.vae import LAYERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from rich.console import Console
 
@@ -99,7 +101,8 @@ def pca(space: str, as_json: bool, quiet: bool, verbose: bool, **rest: Any) -> N
     LoRAs do: `weightops synth evaluate` measures that.
     """
     with render.counting("reading", quiet=quiet or as_json or not is_first()) as on_progress:
-        report = fit_pca(space, on_progress=on_progress, **rest)
+        with _kept("pca", space, rest["output"]):
+            report = fit_pca(space, on_progress=on_progress, **rest)
     _finished(report, as_json=as_json, quiet=quiet, verbose=verbose)
 
 
@@ -125,7 +128,8 @@ def vae(space: str, as_json: bool, quiet: bool, verbose: bool, **rest: Any) -> N
     Interrupted, the same command goes on. A linear one does no better than as many components.
     """
     with render.counting("reading", quiet=quiet or as_json or not is_first()) as on_progress:
-        report = fit_vae(space, on_progress=on_progress, **rest)
+        with _kept("vae", space, rest["output"]):
+            report = fit_vae(space, on_progress=on_progress, **rest)
     _finished(report, as_json=as_json, quiet=quiet, verbose=verbose)
 
 
@@ -156,11 +160,26 @@ def diffusion(space: str, as_json: bool, quiet: bool, verbose: bool, **rest: Any
     do as well. Interrupted, the same command goes on.
     """
     with render.counting("reading", quiet=quiet or as_json or not is_first()) as on_progress:
-        report = fit_diffusion(space, on_progress=on_progress, **rest)
+        with _kept("diffusion", space, rest["output"]):
+            report = fit_diffusion(space, on_progress=on_progress, **rest)
     _finished(report, as_json=as_json, quiet=quiet, verbose=verbose)
 
 
 # ------------------------------------------------------------------------------------------------ reports
+
+
+@contextlib.contextmanager
+def _kept(kind: str, space: str, output: str | None) -> Iterator[None]:
+    """Say of a fit that is stopped where it goes on from, if that was written already."""
+    try:
+        yield
+    except Interrupted:
+        target = Path(output) if output is not None else Path(space) / f"{kind}.safetensors"
+        kept = target.with_name(f"{target.stem}-unfinished.safetensors")
+        if not kept.is_file():
+            raise
+        what = f"interrupted; where it stands is kept in {printable(str(kept))}"
+        raise Interrupted(f"synth fit {kind}", what, "the same command goes on from there") from None
 
 
 def _finished(report: FitReport | LearnReport, *, as_json: bool, quiet: bool, verbose: bool) -> None:

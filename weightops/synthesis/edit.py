@@ -48,6 +48,7 @@ class EditReport:
     fitted: str
     labels: list[dict[str, Any]]
     loras: int
+    inputs: list[dict[str, Any]] = field(default_factory=list)
     lora: str | None = None
     output: str | None = None
     label: str | None = None
@@ -111,6 +112,7 @@ def _edited(
     directions = directions_of(found.latents[kept], numbers, names, where=where)
     report = EditReport(os.fspath(fitted), [_told(d) for d in directions], len(kept), dry_run=dry_run)
     report.warnings += warnings
+    report.inputs = [{"path": os.fspath(path)} for path in (lora, fitted) if path is not None]
     if label is None:
         if strength is not None or lora is not None:
             raise UsageError("--label", "is lacking: along what?", f"there are {', '.join(names[:12])}")

@@ -77,7 +77,7 @@ class LearnReport:
     def to_dict(self) -> dict[str, Any]:
         """The JSON document that scripts may rely on."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "process"}
-        return {"command": "synth fit", "version": __version__, **found}
+        return {"command": "synth fit", "version": __version__, "inputs": [{"path": self.space}], **found}
 
 
 def fit_vae(

@@ -14,7 +14,7 @@ from weightops.diffusion.extras import need
 from weightops.diffusion.image_folder import slug
 from weightops.diffusion.image_records import digest_of, inputs_of
 from weightops.diffusion.threads import one_thread
-from weightops.errors import OutputError, UsageError, quote
+from weightops.errors import Interrupted, OutputError, UsageError, quote
 from weightops.lora.dialects import DIALECTS
 from weightops.ops.report import peak_memory_bytes
 from weightops.synthesis.draws import GUIDANCE, SPREAD, STEPS, Asked, Drawn, asked_of, drawn_of
@@ -61,7 +61,7 @@ class SampleReport:
     def to_dict(self) -> dict[str, Any]:
         """The JSON document that scripts may rely on."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"command": "synth sample", "version": __version__, **found}
+        return {"command": "synth sample", "version": __version__, "inputs": [{"path": self.fitted}], **found}
 
 
 def sample(
@@ -113,8 +113,14 @@ def sample(
     )  # fmt: skip
     if len(targets) > 1 and not dry_run:
         _make_folder(targets[0].parent)
-    with one_thread(found.numbers):
-        _make(found, drawn, targets, os.fspath(fitted), report, force=force)
+    try:
+        with one_thread(found.numbers):
+            _make(found, drawn, targets, os.fspath(fitted), report, force=force)
+    except Interrupted:
+        if dry_run or not report.files:
+            raise
+        what = f"interrupted: {len(report.files):,} of {len(targets):,} LoRAs are written, each of them whole"
+        raise Interrupted(report.output, what, "--force makes all of them anew") from None
     report.warnings += _remembered(report, asked)
     report.seconds, report.peak_memory_bytes = time.perf_counter() - started, peak_memory_bytes()
     return report

@@ -12,7 +12,7 @@ from weightops.synthesis.collect import OTHERS, collect
 from weightops.synthesis.space import FORMS, WIDTHS
 
 if TYPE_CHECKING:
-    from weightops.synthesis.collect import CollectReport
+    from weightops.synthesis.collect_rows import CollectReport
 
 
 @click.command("collect", short_help="LoRAs of one base as one space.")

@@ -34,7 +34,8 @@ TALL, WIDE, KERNELS = (8192, 1536), (640, 2560), (640, 160, 3, 3)
 CASES = (
     ("lora", TALL), ("lora of many ranks", TALL), ("lora of more ranks than sides", (512, 1280)), ("loha", TALL),
     ("loha of many ranks", (1280, 512)), ("lokr", (512, 1280)), ("factors of lokr", TALL), ("full", WIDE),
-    ("dora", (4096, 1280)), ("dora", (4096, 1024)), ("dora", WIDE), ("dora of inputs", WIDE), ("dora of loha", WIDE), ("dora of lokr", WIDE),
+    ("dora", (4096, 1280)), ("dora", (4096, 1024)), ("dora", WIDE),
+    ("dora of inputs", WIDE), ("dora of loha", WIDE), ("dora of lokr", WIDE),
     ("dora of full", WIDE), ("dora of tucker", KERNELS), ("glora", WIDE), ("oft", WIDE), ("ia3", WIDE),
     ("lora", KERNELS), ("lora of many ranks", KERNELS), ("tucker", KERNELS), ("tucker loha", KERNELS),
     ("tucker lokr", KERNELS), ("full", KERNELS), ("dora", KERNELS), ("dora of inputs", KERNELS),

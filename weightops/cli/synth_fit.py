@@ -100,9 +100,9 @@ def pca(space: str, as_json: bool, quiet: bool, verbose: bool, **rest: Any) -> N
     the tolerance; interrupted, the same command goes on from the last pass. Explained variance is no measure of what
     LoRAs do: `weightops synth evaluate` measures that.
     """
-    with render.counting("reading", quiet=quiet or as_json or not is_first()) as on_progress:
-        with _kept("pca", space, rest["output"]):
-            report = fit_pca(space, on_progress=on_progress, **rest)
+    silent = quiet or as_json or not is_first()
+    with render.counting("reading", quiet=silent) as on_progress, _kept("pca", space, rest["output"]):
+        report = fit_pca(space, on_progress=on_progress, **rest)
     _finished(report, as_json=as_json, quiet=quiet, verbose=verbose)
 
 
@@ -127,9 +127,9 @@ def vae(space: str, as_json: bool, quiet: bool, verbose: bool, **rest: Any) -> N
     It sees the components of the space's pca.safetensors, if that is of the same LoRAs and split, or makes its own.
     Interrupted, the same command goes on. A linear one does no better than as many components.
     """
-    with render.counting("reading", quiet=quiet or as_json or not is_first()) as on_progress:
-        with _kept("vae", space, rest["output"]):
-            report = fit_vae(space, on_progress=on_progress, **rest)
+    silent = quiet or as_json or not is_first()
+    with render.counting("reading", quiet=silent) as on_progress, _kept("vae", space, rest["output"]):
+        report = fit_vae(space, on_progress=on_progress, **rest)
     _finished(report, as_json=as_json, quiet=quiet, verbose=verbose)
 
 
@@ -159,9 +159,9 @@ def diffusion(space: str, as_json: bool, quiet: bool, verbose: bool, **rest: Any
     Ridge regression and the nearest neighbour are fitted beside it: where a condition nearly says what a LoRA is, they
     do as well. Interrupted, the same command goes on.
     """
-    with render.counting("reading", quiet=quiet or as_json or not is_first()) as on_progress:
-        with _kept("diffusion", space, rest["output"]):
-            report = fit_diffusion(space, on_progress=on_progress, **rest)
+    silent = quiet or as_json or not is_first()
+    with render.counting("reading", quiet=silent) as on_progress, _kept("diffusion", space, rest["output"]):
+        report = fit_diffusion(space, on_progress=on_progress, **rest)
     _finished(report, as_json=as_json, quiet=quiet, verbose=verbose)
 
 

@@ -172,7 +172,7 @@ def test_every_claim_stands_beside_its_baselines(whole: EvaluateReport) -> None:
     assert [row[2] for row in whole.tables["learnt"].rows if row[0] == "plain training"] == [best]
     shown = [row[0] for row in whole.tables["shown"].rows]
     assert shown[0] == "the model alone"
-    assert shown[-2:] == ["the LoRA that was trained", "held-out pictures"]
+    assert shown[-3:] == ["coefficients from 1 image", "the LoRA that was trained", "held-out pictures"]
     assert {row[0] for row in whole.tables["latents"].rows} == {"PCA", "VAE, linear, β 0.01", "VAE, MLP, β 0.01"}
     assert column(whole, "copies-conditioned", "nearest of all")["nearest neighbour", ""] == pytest.approx(0, abs=1e-3)
     for finding in whole.findings:

@@ -18,6 +18,8 @@ from weightops.synthesis.image_descent import Course
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from torch import Tensor
+
     from weightops.synthesis.coordinates import Coordinates
     from weightops.synthesis.evaluation_bench import Bench
     from weightops.synthesis.evaluation_cells import Cell, Cells, Row
@@ -82,10 +84,18 @@ def _mean(bench: Bench, seed: int) -> dict[str, Any]:
     return bench.gaps.said(names, fits.factors(fits.pca().mean.expand(len(names), -1)))
 
 
-def _coefficients(bench: Bench, seed: int, count: int) -> dict[str, Any]:
+def from_images(bench: Bench, seed: int, count: int, names: Sequence[str]) -> Factors:
+    """Factors [L, …] of so many coefficients, learnt from the few images of each of these held-out LoRAs."""
+    return _joined(bench, names, _descent(bench, seed, _components(bench, seed, count), []))
+
+
+def _components(bench: Bench, seed: int, count: int) -> Coordinates:
     fits = bench.fits(seed)
-    space = coordinates(fits.space.layout, fits.pca(), fits.coefficients(), components=count)
-    return _learnt(bench, seed, space)
+    return coordinates(fits.space.layout, fits.pca(), fits.coefficients(), components=count)
+
+
+def _coefficients(bench: Bench, seed: int, count: int) -> dict[str, Any]:
+    return _learnt(bench, seed, _components(bench, seed, count))
 
 
 def _latents(bench: Bench, seed: int, beta: float, count: int) -> dict[str, Any]:
@@ -98,8 +108,18 @@ def _latents(bench: Bench, seed: int, beta: float, count: int) -> dict[str, Any]
 def _learnt(bench: Bench, seed: int, space: Coordinates) -> dict[str, Any]:
     import torch
 
+    lengths: list[Tensor] = []
+    found = _by_parts(bench, _names(bench, seed), _descent(bench, seed, space, lengths))
+    return {**found, "length": float(torch.cat(lengths).mean())}
+
+
+def _descent(
+    bench: Bench, seed: int, space: Coordinates, lengths: list[Tensor]
+) -> Callable[[Sequence[str]], Factors]:  # fmt: skip
+    """What learns the coefficients of these names; lengths: how long they are, in deviations, is added."""
+    import torch
+
     course = _course(bench, bench.words.lr, seed, bench.words.l2)
-    lengths = []
 
     def learn(names: Sequence[str]) -> Factors:
         assert bench.few is not None
@@ -108,8 +128,7 @@ def _learnt(bench: Bench, seed: int, space: Coordinates) -> dict[str, Any]:
         with torch.no_grad():
             return space.factors(c)
 
-    found = _by_parts(bench, _names(bench, seed), learn)
-    return {**found, "length": float(torch.cat(lengths).mean())}
+    return learn
 
 
 def _plain(bench: Bench, seed: int, lr: float) -> dict[str, Any]:
@@ -123,17 +142,21 @@ def _plain(bench: Bench, seed: int, lr: float) -> dict[str, Any]:
 
 
 def _by_parts(bench: Bench, names: Sequence[str], learn: Callable[[Sequence[str]], Factors]) -> dict[str, Any]:
-    """As many LoRAs at once as a batch holds: each learns as it would alone. The gap of all together."""
+    """The gap of all together."""
+    assert bench.gaps is not None
+    return bench.gaps.said(names, _joined(bench, names, learn))
+
+
+def _joined(bench: Bench, names: Sequence[str], learn: Callable[[Sequence[str]], Factors]) -> Factors:
+    """As many LoRAs at once as a batch holds: each learns as it would alone."""
     import torch
 
-    assert bench.gaps is not None
     together = max(1, bench.words.batch // bench.words.few_images)
     parts = [learn(names[start : start + together]) for start in range(0, len(names), together)]
-    factors = [
+    return [
         (torch.cat([up for up, _ in pairs]), torch.cat([down for _, down in pairs]))
         for pairs in zip(*parts, strict=True)
     ]
-    return bench.gaps.said(names, factors)
 
 
 def finding(bench: Bench, found: Cells) -> Finding:

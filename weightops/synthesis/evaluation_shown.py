@@ -19,6 +19,7 @@ from weightops.synthesis.embedders import condition_similarity
 from weightops.synthesis.evaluation_cells import Measured, seeds_said, spread_table
 from weightops.synthesis.evaluation_conditioned import MEAN, NEAREST, Method, methods, rows_by
 from weightops.synthesis.evaluation_inputs import SHOWN as PART
+from weightops.synthesis.evaluation_learnt import from_images
 from weightops.synthesis.gap import changes_texts
 from weightops.synthesis.stacked import Stacked
 
@@ -38,8 +39,9 @@ _SAYS = (
     "Distance: between its answer and the condition that was asked for, in deviations of the training conditions, a "
     "root mean square over the numbers; cosine: of the two about the mean condition. Least is not 0: the last rows "
     "say how far real pictures of the same are, and images of the LoRA that was really trained. An embedder sees "
-    "what it was made to see, and a condition that it made itself favours what pleases it. The grid shows what numbers "
-    "do not."
+    "what it was made to see, and a condition that it made itself favours what pleases it. Coefficients that are "
+    "learnt from images have seen some of the very same subject, which the others have not. The grid shows what "
+    "numbers do not."
 )
 _COLUMNS = (Measured("distance", "distance"), Measured("cosine", "cosine"))
 _GRID = 6  # LoRAs of the grid
@@ -61,7 +63,11 @@ def shown_methods(bench: Bench) -> list[Method]:
     most = max((method.components for method in asked), default=0)
     ridge = [m for m in asked if m.kind == "ridge" and m.components == most]
     drawn = [m for m in asked if m.kind == "diffusion" and m.components == most and m.prediction == "x0"][:1]
-    return [_BASE, MEAN, NEAREST, *ridge, *drawn, _TRAINED, _REAL]
+    learned = []
+    if "learned" in bench.words.methods and bench.asked.few is not None:
+        count = max(bench.limited(bench.words.conditioned))
+        learned = [Method(f"coefficients from {bench.words.few_images} image{'s' * (bench.words.few_images != 1)}", "learned", count)]
+    return [_BASE, MEAN, NEAREST, *ridge, *drawn, *learned, _TRAINED, _REAL]
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
@@ -71,7 +77,10 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
         "embedder": bench.embedder.digest,
     }  # fmt: skip
     for method in shown_methods(bench):
-        more = {"diffusion": words.diffusion_steps} if method.kind == "diffusion" else {}
+        more: dict[str, Any] = {"diffusion": words.diffusion_steps} if method.kind == "diffusion" else {}
+        if method.kind == "learned" and bench.asked.few is not None:
+            held = [bench.asked.spaces[0].names[index] for index in bench.asked.splits[seed][1][: words.shown]]
+            more = {"lr": words.lr, "l2": words.l2, "course": words.steps, "few": bench.asked.few.digest(held)}
         yield bench.cell(PART, method.row, seed, functools.partial(_measured, bench, seed, method), **made_of, **more)
 
 
@@ -103,6 +112,8 @@ def _made(bench: Bench, seed: int, method: Method, names: Sequence[str]) -> list
     factors: Factors | None = None
     if method is _TRAINED:
         factors = fits.true
+    elif method.kind == "learned":
+        factors = from_images(bench, seed, method.components, names)
     elif method is not _BASE:
         factors = fits.factors(rows_by(bench, fits, method, seed))
     return paint(bench, names, factors)

@@ -66,7 +66,8 @@ def shown_methods(bench: Bench) -> list[Method]:
     learned = []
     if "learned" in bench.words.methods and bench.asked.few is not None:
         count = max(bench.limited(bench.words.conditioned))
-        learned = [Method(f"coefficients from {bench.words.few_images} image{'s' * (bench.words.few_images != 1)}", "learned", count)]
+        few = bench.words.few_images
+        learned = [Method(f"coefficients from {few} image{'s' * (few != 1)}", "learned", count)]
     return [_BASE, MEAN, NEAREST, *ridge, *drawn, *learned, _TRAINED, _REAL]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ steps:
     synth sample: {fitted: $pca, space: $space, between: [lora-0, lora-1], at: [0.25, 0.75]}
   moved:
     synth edit: {lora: $asked, fitted: $pca, space: $space, label: hue, strength: 1}
+  measured:
+    synth evaluate: {spaces: $space, components: [2], latents: [2], conditioned: [2], seeds: 1, methods: [pca, ridge]}
   page:
     page: {}
 """
@@ -72,16 +75,20 @@ def test_what_a_step_makes_the_next_can_name(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(STEPS)
     words = {"output": tmp_path / "out", "verbs": VERBS}
     report = study(tmp_path / "study.yaml", **words)  # type: ignore[arg-type]
-    assert [step.state for step in report.steps] == [RUN] * 7
+    assert [step.state for step in report.steps] == [RUN] * 8
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.safetensors")}
     assert {"pca/pca.safetensors", "asked/asked.safetensors", "moved/moved.safetensors"} <= files
     assert sum(name.startswith("drawn/drawn/") for name in files) == 2
     assert sum(name.startswith("between/between/") for name in files) == 2
+    for record in (tmp_path / "out" / ".study" / "records").glob("*.json"):
+        for made in json.loads(record.read_text())["outputs"].values():
+            for name in made.values() if isinstance(made, dict) else [made]:
+                assert (tmp_path / "out" / record.stem / name).exists()
     page = (tmp_path / "out" / "page" / "index.html").read_text()
     assert "explained" in page
     assert str(tmp_path) not in page
     again = study(tmp_path / "study.yaml", **words)  # type: ignore[arg-type]
-    assert [step.state for step in again.steps] == [STANDS] * 7
+    assert [step.state for step in again.steps] == [STANDS] * 8
 
 
 def test_another_lora_runs_what_depends_on_it(tmp_path: Path) -> None:

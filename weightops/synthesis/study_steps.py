@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from weightops.diffusion.evaluation_folder import DOCUMENT, PAGE
 from weightops.diffusion.study_steps import facts, findings_shown
 from weightops.diffusion.study_verbs import OWN, Job, Made, Verb
 
@@ -67,7 +68,8 @@ def _evaluated(verb: Verb, job: Job) -> Made:
     name = "evaluation"
     report = _called(verb, job, job.work / name)
     outputs = {
-        "": name, "page": f"{name}/index.html", "tables": {stem: f"{name}/{stem}.csv" for stem in report.tables},
+        "": name, "document": f"{name}/{DOCUMENT}", "page": f"{name}/{PAGE}",
+        "tables": {stem: f"{name}/{stem}.csv" for stem in report.tables},
     }  # fmt: skip
     return Made(outputs, findings_shown(report.findings, name), list(report.warnings))
 
@@ -117,7 +119,7 @@ VERBS: Mapping[str, Verb] = {
         Verb("synth fit-images", _HERE + "fit_images", "fit_images", _file, loads=True),
         Verb("synth edit", _HERE + "edit", "edit", _file),
         Verb(
-            "synth evaluate", _HERE + "evaluate", "evaluate", _evaluated, fields=("page", "tables"),
+            "synth evaluate", _HERE + "evaluate", "evaluate", _evaluated, fields=("document", "page", "tables"),
             several=("tables",), resumes=True, loads=True,
         ),
     )

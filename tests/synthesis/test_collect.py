@@ -362,6 +362,49 @@ def test_a_half_written_row_is_written_again(tmp_path: Path, monkeypatch: pytest
     assert files_of(tmp_path / "again") == whole
 
 
+@pytest.mark.parametrize("mended", [False, True])
+def test_what_is_refused_late_goes_on_when_it_is_mended_or_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mended: bool
+) -> None:
+    layout = layout_of(2)
+    files = write_family(tmp_path / "loras", layout, family_of(layout, 6))
+    whole = files[4].read_bytes()
+    files[4].write_bytes(whole[:-4] + np.float32(np.nan).tobytes())
+    monkeypatch.setattr("weightops.synthesis.collect_rows._BATCH_NBYTES", 8 * layout.width)
+    # The reference is made of the first alone.
+    monkeypatch.setattr("weightops.synthesis.collect_rows._REFERENCE_NBYTES", 1)
+    with pytest.raises(ValueRefused, match="lora-4") as caught:
+        collect(tmp_path / "loras", output=tmp_path / "space")
+    assert "4 LoRAs before it are in" in str(caught.value.hint)
+    if mended:
+        files[4].write_bytes(whole)
+    else:
+        files[4].unlink()
+    report = collect(tmp_path / "loras", output=tmp_path / "space")
+    assert report.taken_up == 4
+    found = open_space(tmp_path / "space")
+    assert found.names == tuple(f"lora-{n}" for n in range(6) if mended or n != 4)
+    for name, row in zip(found.names, found.rows(range(len(found))), strict=True):
+        assert off(row, found.canonical(family_of(layout, 6)[int(name[-1])])) < 1e-6
+
+
+def test_a_file_that_was_changed_after_its_row_was_written_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = layout_of(2)
+    files = write_family(tmp_path / "loras", layout, family_of(layout, 4))
+    real = Collection.finish
+    monkeypatch.setattr(Collection, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(Interrupted):
+        collect(tmp_path / "loras", output=tmp_path / "space")
+    monkeypatch.setattr(Collection, "finish", real)
+    other = factors_of(layout, 99)
+    write_lora(files[1], layout, other, recipe={"command": "test", "inputs": []}, force=True)
+    assert collect(tmp_path / "loras", output=tmp_path / "space").taken_up == 0
+    found = open_space(tmp_path / "space")
+    assert off(found.rows([1])[0], found.canonical(other)) < 1e-6
+
+
 def test_other_words_begin_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space_of(tmp_path, 4)
     real = Collection.finish

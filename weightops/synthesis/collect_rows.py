@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightops import __version__
-from weightops.errors import Interrupted, MismatchError, UsageError, ValueRefused, listing, quote
+from weightops.errors import (
+    Interrupted,
+    MismatchError,
+    UsageError,
+    ValueRefused,
+    WeightopsError,
+    listing,
+    quote,
+)
 from weightops.synthesis.collection import Collection
 from weightops.synthesis.gauge import aligned, balanced, delta_norms
 from weightops.synthesis.members import Reader
@@ -139,6 +147,13 @@ class Rows:
             done = len(collection.lines) - count
             what = f"interrupted: {done:,} of {len(kept):,} LoRAs are in, and no input was changed"
             raise Interrupted(str(self.target), what, "the same command goes on from there") from None
+        except WeightopsError as e:
+            collection.drop()
+            done = len(collection.lines) - count
+            if not done or not isinstance(e, ValueRefused):
+                raise
+            hint = f"{done:,} LoRAs before it are in: mend it or leave it out, and the same command goes on from there"
+            raise type(e)(e.where, e.what, hint) from None
         self.report.members, self.report.nbytes = len(collection.lines), nbytes
 
     def _fill(self, collection: Collection, kept: Sequence[tuple[str, str]]) -> None:

@@ -100,9 +100,9 @@ class Collection:
         found: Any = None
         with contextlib.suppress(OSError, ValueError):
             found = json.loads(mark.read_bytes())
-        kept = self.before
-        if found == said:
-            self.lines = self._whole_lines()
+        kept, there = self.before, self._whole_lines()
+        if self._goes_on(found, said, there):
+            self.lines = there
             kept = len(self.lines)
         elif self.before:
             self.lines = self._whole_lines()[: self.before]
@@ -111,6 +111,24 @@ class Collection:
                 path.unlink()
         self._cut(kept)
         write_whole(mark, json.dumps(said).encode())
+
+    def _goes_on(self, found: Any, said: Mapping[str, Any], there: Sequence[Mapping[str, Any]]) -> bool:
+        """Is it the same work, or that of files that were changed since, but for those whose rows are there?"""
+        if found == said:
+            return True
+        if not isinstance(found, dict) or any(found.get(word) != said[word] for word in said.keys() - {"files"}):
+            return False
+        before = {line["name"] for line in there[: self.before]}
+        new = [entry for entry in said["files"] if entry[0] not in before]
+        done = [line["name"] for line in there[self.before :]]
+        return [entry[0] for entry in new[: len(done)]] == done and all(
+            entry in found.get("files", ()) for entry in new[: len(done)]
+        )
+
+    def drop(self) -> None:
+        """Leave nothing of a new space of which no row was written."""
+        if not self.before and not self.lines:
+            shutil.rmtree(self.work, ignore_errors=True)
 
     def _whole_lines(self) -> list[dict[str, Any]]:
         """The lines of members whose rows are there as well."""

@@ -38,7 +38,7 @@ SHOWS = "lists the options"
             2,
             "no such command 'x\\x1b[31m'",
             "known are inspect, blocks, merge, fuse, extract, resize, combine, unfuse, convert, "
-            "replay, caption, train, generate, evaluate, study, demo",
+            "replay, caption, train, generate, evaluate, study, synth, demo",
         ),
         (["--versio"], 2, "no such option '--versio'", "did you mean --version?"),
         (["merge", "a", "b", "--alpa", "1"], 2, "no such option '--alpa'", "did you mean --alpha?"),

@@ -17,7 +17,10 @@ _ENTRIES: tuple[Entry, ...] = (
 )
 
 
-@click.command("synth", cls=Commands, entries=_ENTRIES, subcommand_metavar="COMMAND [ARGS]...")
+@click.command(
+    "synth", cls=Commands, entries=_ENTRIES, subcommand_metavar="COMMAND [ARGS]...",
+    short_help="New LoRAs from a space of LoRAs.",
+)  # fmt: skip
 def command() -> None:
     """New LoRAs from a space of LoRAs: collect many of one base, learn what they share, and make others in seconds.
 

@@ -46,7 +46,7 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 WHOLE: dict[str, Any] = {
     **SMALL, "pairs": 1, "steps": 2, "few_images": 1, "learners": 2, "plain_lrs": (0.001, 0.01), "generate": 1,
-    "shown": 2, "sampling_steps": 2,
+    "shown": 2, "sampling_steps": 2, "strengths": (1.0, 1.5),
 }  # fmt: skip
 
 
@@ -172,7 +172,10 @@ def test_every_claim_stands_beside_its_baselines(whole: EvaluateReport) -> None:
     assert [row[2] for row in whole.tables["learnt"].rows if row[0] == "plain training"] == [best]
     shown = [row[0] for row in whole.tables["shown"].rows]
     assert shown[0] == "the model alone"
-    assert shown[-3:] == ["coefficients from 1 image", "the LoRA that was trained", "held-out pictures"]
+    assert shown[-5:] == [
+        "coefficients from 1 image", "coefficients from 1 image, at 1.5", "the LoRA that was trained",
+        "the LoRA that was trained, at 1.5", "held-out pictures",
+    ]  # fmt: skip
     assert {row[0] for row in whole.tables["latents"].rows} == {"PCA", "VAE, linear, β 0.01", "VAE, MLP, β 0.01"}
     assert column(whole, "copies-conditioned", "nearest of all")["nearest neighbour", ""] == pytest.approx(0, abs=1e-3)
     for finding in whole.findings:

@@ -79,6 +79,8 @@ _learning = options.together(
     click.option("--generate", type=int, metavar="N", default=0, show_default=True,
                  help="Images of each LoRA, compared with the condition by --embedder."),
     click.option("--shown", type=int, metavar="N", default=16, show_default=True, help="LoRAs that make images."),
+    click.option("--strengths", type=options.Numbers(), default="1", show_default=True,
+                 help="At which they make images; what is predicted is often weaker than what is trained."),
     click.option("--sampling-steps", type=int, metavar="N", default=25, show_default=True, help="Of these images."),
     click.option("--guidance", type=float, metavar="X", default=1.0, show_default=True, help="Of these images."),
 )  # fmt: skip

@@ -133,6 +133,7 @@ def evaluate(
     diffusion_steps: int = 2000,
     generate: int = 0,
     shown: int = 16,
+    strengths: Sequence[float] = (1.0,),
     sampling_steps: int = 25,
     guidance: float = 1.0,
     prompt: str | None = None,
@@ -158,7 +159,7 @@ def evaluate(
     `images` (a folder for each LoRA, of images that it was not trained on) the gap is measured, at `pairs` of a
     timestep and a noise for each image, `batch` samples at once. few: images to learn from, `few_images` each, by
     `learners` LoRAs a seed, in `steps` steps: coefficients at `lr` with the prior `l2`, plain LoRAs at `plain_lrs`.
-    generate: images of each of `shown` LoRAs, which `embedder` compares with the condition.
+    generate: images of each of `shown` LoRAs, at each of `strengths`, which `embedder` compares with the condition.
 
     methods: of METHODS. components: of PCA and of ΔW; latents, betas: of VAEs; conditioned: components that are
     predicted from a condition, or learnt. memory: of fits, in bytes. output: a folder (None: of the first space's
@@ -170,7 +171,7 @@ def evaluate(
     words = Words(
         tuple(methods), tuple(components), tuple(latents), tuple(betas), tuple(conditioned), seeds, held_out, measured,
         pairs, batch, steps, lr, l2, few_images, learners, tuple(plain_lrs), vae_steps, diffusion_steps, generate,
-        shown, sampling_steps, guidance, prompt, resolution_of(resolution), prediction,
+        shown, tuple(strengths), sampling_steps, guidance, prompt, resolution_of(resolution), prediction,
     )  # fmt: skip
     check_words(words)
     check_dtype(model_dtype)

@@ -5,6 +5,7 @@ Nothing is measured here, and no model is loaded.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -66,6 +67,7 @@ class Words:
     diffusion_steps: int
     generate: int
     shown: int
+    strengths: tuple[float, ...]
     sampling_steps: int
     guidance: float
     prompt: str | None
@@ -94,6 +96,8 @@ def check_words(words: Words) -> None:
             raise UsageError(option, f"found {number}, expected 1 or more")
     if not words.plain_lrs or min(words.plain_lrs) <= 0:
         raise UsageError("--plain-lrs", f"found {listing(words.plain_lrs)}, expected numbers above 0")
+    if not words.strengths or not all(map(math.isfinite, words.strengths)):
+        raise UsageError("--strengths", f"found {listing(words.strengths)}, expected finite numbers")
     if not words.betas or min(words.betas) < 0:
         raise UsageError("--betas", f"found {listing(words.betas)}, expected numbers from 0 on")
 

@@ -57,8 +57,11 @@ def check_embedder(embedder: Embedder, names: Sequence[str]) -> None:
         raise MismatchError(embedder.label, what, "the embedder that made the conditions is the one to compare by")
 
 
-def shown_methods(bench: Bench) -> list[Method]:
-    """The model alone, the baselines, the largest of each that was asked for, and what they are to be measured by."""
+def shown_methods(bench: Bench) -> list[tuple[Method, float]]:
+    """The model alone, the baselines, the largest of each that was asked for, and what they are to be measured by.
+
+    Each at each strength, but for what has none.
+    """
     asked = methods(bench)
     most = max((method.components for method in asked), default=0)
     ridge = [m for m in asked if m.kind == "ridge" and m.components == most]
@@ -68,7 +71,16 @@ def shown_methods(bench: Bench) -> list[Method]:
         count = max(bench.limited(bench.words.conditioned))
         few = bench.words.few_images
         learned = [Method(f"coefficients from {few} image{'s' * (few != 1)}", "learned", count)]
-    return [_BASE, MEAN, NEAREST, *ridge, *drawn, *learned, _TRAINED, _REAL]
+    at_each = [
+        (method, strength)
+        for method in (MEAN, NEAREST, *ridge, *drawn, *learned, _TRAINED) for strength in bench.words.strengths
+    ]  # fmt: skip
+    return [(_BASE, 1.0), *at_each, (_REAL, 1.0)]
+
+
+def _row(method: Method, strength: float) -> tuple[str, str]:
+    label, latents = method.row
+    return label if strength == 1 else f"{label}, at {strength:g}", latents
 
 
 def cells(bench: Bench, seed: int) -> Iterator[Cell]:
@@ -77,20 +89,21 @@ def cells(bench: Bench, seed: int) -> Iterator[Cell]:
         "generate": words.generate, "shown": words.shown, "steps": words.sampling_steps, "guidance": words.guidance,
         "embedder": bench.embedder.digest,
     }  # fmt: skip
-    for method in shown_methods(bench):
+    for method, strength in shown_methods(bench):
         more: dict[str, Any] = {"diffusion": words.diffusion_steps} if method.kind == "diffusion" else {}
         if method.kind == "learned" and bench.asked.few is not None:
             held = [bench.asked.spaces[0].names[index] for index in bench.asked.splits[seed][1][: words.shown]]
             more = {"lr": words.lr, "l2": words.l2, "course": words.steps, "few": bench.asked.few.digest(held)}
-        yield bench.cell(PART, method.row, seed, functools.partial(_measured, bench, seed, method), **made_of, **more)
+        measure = functools.partial(_measured, bench, seed, method, strength)
+        yield bench.cell(PART, _row(method, strength), seed, measure, strength=strength, **made_of, **more)
 
 
-def _measured(bench: Bench, seed: int, method: Method) -> dict[str, Any]:
+def _measured(bench: Bench, seed: int, method: Method, strength: float) -> dict[str, Any]:
     import numpy as np
 
     fits = bench.fits(seed)
     names = fits.names[: bench.words.shown]
-    images = _real(bench, names) if method is _REAL else _made(bench, seed, method, names)
+    images = _real(bench, names) if method is _REAL else _made(bench, seed, method, names, strength)
     standard = fits.nearest().standard
     asked = standard(fits.conditions(fits.held[: len(names)]))
     apart, cosines = [], []
@@ -108,7 +121,7 @@ def _real(bench: Bench, names: Sequence[str]) -> list[list[Image]]:
     return [[open_picture(example.picture.path) for example in examples[name]] for name in names]
 
 
-def _made(bench: Bench, seed: int, method: Method, names: Sequence[str]) -> list[list[Image]]:
+def _made(bench: Bench, seed: int, method: Method, names: Sequence[str], strength: float) -> list[list[Image]]:
     fits = bench.fits(seed)
     factors: Factors | None = None
     if method is _TRAINED:
@@ -117,7 +130,7 @@ def _made(bench: Bench, seed: int, method: Method, names: Sequence[str]) -> list
         factors = from_images(bench, seed, method.components, names)
     elif method is not _BASE:
         factors = fits.factors(rows_by(bench, fits, method, seed))
-    return paint(bench, names, factors)
+    return paint(bench, names, None if factors is None else [(up * strength, down) for up, down in factors])
 
 
 def paint(bench: Bench, names: Sequence[str], factors: Factors | None) -> list[list[Image]]:
